@@ -1,0 +1,363 @@
+"""The whole configuration: one frozen schema, read strictly from TOML and `section.key=value`.
+
+`[model]` holds exactly the fields and values of the released `config.json`; keys of such a file that we do not know
+rest in `model.verbatim` and leave again on export. What only training needs lives in the other sections. A misspelt key
+is refused with the nearest one that exists, a value out of range with its place.
+"""
+
+import difflib
+import itertools
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class BadInput(Exception):
+    """A user's mistake, said in one line: what, where, what to do. The command line prints it and exits with 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+# ── [model] ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class RopeScaling(Section):
+    """YaRN as the released `rope_scaling` states it (report §4.3)."""
+
+    type: Literal["yarn"] = "yarn"
+    factor: float = Field(gt=0)
+    original_max_position_embeddings: int = Field(gt=0)
+    beta_fast: float = Field(32, gt=0)
+    beta_slow: float = Field(1, gt=0)
+    mscale: float = Field(1, ge=0)
+    mscale_all_dim: float = Field(1, ge=0)
+
+
+class ModelConfig(Section):
+    """The released `config.json`, field for field (report §4.2). V2's gates are values of the same fields."""
+
+    model_type: Literal["deepseek_v2", "deepseek_v3"] = "deepseek_v3"
+    vocab_size: int = Field(gt=0)
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0)
+    moe_intermediate_size: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0)
+    num_nextn_predict_layers: int = Field(0, ge=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int | None = None  # MLA has one latent for all heads; released files repeat the head count
+
+    q_lora_rank: int | None = Field(None, gt=0)
+    kv_lora_rank: int = Field(gt=0)
+    qk_nope_head_dim: int = Field(gt=0)
+    qk_rope_head_dim: int = Field(gt=0)
+    v_head_dim: int = Field(gt=0)
+
+    n_routed_experts: int = Field(gt=0)
+    n_shared_experts: int = Field(ge=0)
+    num_experts_per_tok: int = Field(gt=0)
+    first_k_dense_replace: int = Field(0, ge=0)
+    moe_layer_freq: Literal[1] = 1
+    scoring_func: Literal["sigmoid", "softmax"] = "sigmoid"
+    topk_method: Literal["noaux_tc", "greedy", "group_limited_greedy"] = "noaux_tc"
+    n_group: int = Field(1, gt=0)
+    topk_group: int = Field(1, gt=0)
+    norm_topk_prob: bool = True
+    routed_scaling_factor: float = Field(1.0, gt=0)
+
+    rms_norm_eps: float = Field(1e-6, gt=0)
+    rope_theta: float = Field(10000.0, gt=1)
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = Field(gt=0)
+
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    attention_dropout: float = Field(0.0, ge=0, le=0)
+    tie_word_embeddings: Literal[False] = False
+    initializer_range: float = Field(0.02, gt=0)  # as released; training starts from train.init_std
+    bos_token_id: int = Field(0, ge=0)
+    eos_token_id: int = Field(1, ge=0)
+    verbatim: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.num_key_value_heads not in (None, self.num_attention_heads):
+            raise ValueError("num_key_value_heads must equal num_attention_heads: MLA shares one latent instead")
+        if self.qk_rope_head_dim % 2:
+            raise ValueError("qk_rope_head_dim must be even: RoPE turns pairs")
+        if self.num_experts_per_tok > self.n_routed_experts:
+            raise ValueError(
+                f"num_experts_per_tok {self.num_experts_per_tok} is above n_routed_experts {self.n_routed_experts}"
+            )
+        if self.n_routed_experts % self.n_group:
+            raise ValueError(f"n_group {self.n_group} does not divide n_routed_experts {self.n_routed_experts}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group {self.topk_group} is above n_group {self.n_group}")
+        if self.topk_method != "greedy":
+            group = self.n_routed_experts // self.n_group
+            if self.num_experts_per_tok > self.topk_group * group:
+                raise ValueError(
+                    f"num_experts_per_tok {self.num_experts_per_tok} is above the {self.topk_group * group} experts "
+                    f"of topk_group {self.topk_group}"
+                )
+            if self.topk_method == "noaux_tc" and self.n_group > 1 and group < 2:
+                raise ValueError("noaux_tc scores a group by its two best experts: n_group leaves only one in each")
+        if max(self.bos_token_id, self.eos_token_id) >= self.vocab_size:
+            raise ValueError("bos_token_id and eos_token_id must lie below vocab_size")
+        return self
+
+    @property
+    def qk_head_dim(self) -> int:
+        return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    def is_moe(self, layer: int) -> bool:
+        """Whether the layer's FFN is a mixture; MTP blocks, counted on from num_hidden_layers, always are."""
+        return layer >= self.first_k_dense_replace
+
+
+# ── the training sections ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+class TrainConfig(Section):
+    tokens: int = Field(gt=0)  # the whole budget, over all stages
+    seed: int = Field(0, ge=0)
+    dtype: Literal["auto", "fp32", "bf16"] = (
+        "auto"  # auto: whichever multiplies matrices faster here, frozen in the run
+    )
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    compile: bool = False
+    micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
+    init_std: float = Field(0.006, gt=0)  # report §4.2
+    balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17
+    bias_centred: bool = False  # take the mean out of each bias update, so that the biases cannot drift together
+    max_steps: int | None = Field(None, gt=0)
+    max_seconds: float | None = Field(None, gt=0)
+    checkpoint_every: int = Field(200, gt=0)  # optimizer steps
+    keep_checkpoints: int = Field(2, gt=0)
+    eval_every: int = Field(100, gt=0)  # optimizer steps
+    eval_tokens: int = Field(131072, gt=0)  # validation text scored each time, always the same documents
+    rollback_after: int = Field(3, gt=0)  # non-finite steps in a row before the last checkpoint is taken up again
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "muon"] = "adamw"
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.95, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.1, ge=0)
+    clip: float = Field(1.0, gt=0)
+    muon_momentum: float = Field(0.95, ge=0, lt=1)
+    muon_steps: int = Field(5, gt=0)
+    qk_clip: float | None = Field(None, gt=0)  # largest attention logit tolerated; None leaves the heads alone
+
+
+class Piece(Section):
+    """One stretch of a curve: ends with `value` at `until`; the first may say where it starts (default 0)."""
+
+    until: float = Field(ge=0)
+    value: float = Field(ge=0)
+    shape: Literal["constant", "linear", "cosine", "sqrt"] = "constant"
+    start: float | None = Field(None, ge=0)
+
+
+class ScheduleConfig(Section):
+    """Curves over tokens seen, in tokens or as fractions of `train.tokens`. A run's every knob is here."""
+
+    unit: Literal["tokens", "fraction"] = "fraction"
+    learning_rate: tuple[Piece, ...] = Field(min_length=1)
+    batch_tokens: tuple[Piece, ...] = Field(min_length=1)
+    bias_speed: tuple[Piece, ...] = (Piece(until=1, value=0.001),)
+    mtp_weight: tuple[Piece, ...] = (Piece(until=1, value=0.3),)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for name in ("learning_rate", "batch_tokens", "bias_speed", "mtp_weight"):
+            pieces = getattr(self, name)
+            if any(a.until >= b.until for a, b in itertools.pairwise(pieces)):
+                raise ValueError(f"{name}: `until` must grow from piece to piece")
+            if self.unit == "fraction" and pieces[-1].until > 1:
+                raise ValueError(f"{name}: with unit = 'fraction' `until` may not pass 1")
+        if any(piece.value < 1 for piece in self.batch_tokens):
+            raise ValueError("batch_tokens: a batch has at least one token")
+        return self
+
+
+class DataConfig(Section):
+    packing: Literal["best_fit", "concat"] = "best_fit"
+    fim_rate: float = Field(0.0, ge=0, le=1)
+
+
+class Stage(Section):
+    """A stretch of training with one sequence length and one mixture; `share` of the token budget."""
+
+    sequence_length: int = Field(gt=1)
+    share: float = Field(1.0, gt=0, le=1)
+    mixture: dict[str, float] = Field(default_factory=dict)  # weight by source; empty: every row alike
+
+    @model_validator(mode="after")
+    def _weights(self) -> Self:
+        if any(weight < 0 for weight in self.mixture.values()) or (self.mixture and not sum(self.mixture.values())):
+            raise ValueError("mixture: weights are at least 0 and not all 0")
+        return self
+
+
+class CostConfig(Section):
+    device: str = "this machine"
+    usd_per_device_hour: float = Field(0.1, ge=0)
+
+
+class Config(Section):
+    description: str = ""
+    model: ModelConfig
+    train: TrainConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig
+    data: DataConfig = DataConfig()
+    stages: tuple[Stage, ...] = Field(min_length=1)
+    cost: CostConfig = CostConfig()
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
+            raise ValueError("stages: the shares must sum to 1")
+        longest = max(stage.sequence_length for stage in self.stages)
+        if longest > self.model.max_position_embeddings:
+            raise ValueError(f"stages: sequence_length {longest} is above model.max_position_embeddings")
+        if self.model.num_nextn_predict_layers >= min(stage.sequence_length for stage in self.stages):
+            raise ValueError("model.num_nextn_predict_layers must be below the sequence length")
+        return self
+
+
+# ── reading and writing ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def recipe_names() -> list[str]:
+    """The shipped recipes, smallest first."""
+    order = ["nano", "small", "v2-lite", "v2", "v3"]
+    found = [item.name[:-5] for item in resources.files("leanseek.recipes").iterdir() if item.name.endswith(".toml")]
+    return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
+
+
+def read_recipe(name: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """A shipped recipe or a `.toml` file, with `section.key=value` laid over it. Raises BadInput."""
+    if name in recipe_names():
+        text = (resources.files("leanseek.recipes") / f"{name}.toml").read_text(encoding="utf-8")
+        where = f"recipe {name}"
+    elif name.endswith(".toml"):
+        text, where = _read_text(Path(name)), name
+    else:
+        raise BadInput(f"no recipe {name!r}{nearest(name, recipe_names())}; shipped: {', '.join(recipe_names())}")
+    return parse(text, where, overrides)
+
+
+def read_config(path: Path) -> Config:
+    """The resolved configuration stored with a run. Raises BadInput."""
+    return parse(_read_text(path), str(path))
+
+
+def parse(text: str, where: str, overrides: tuple[str, ...] | list[str] = ()) -> Config:
+    """TOML text to a checked Config; `where` names it in errors. Raises BadInput."""
+    try:
+        tree = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise BadInput(f"{where}: not TOML: {error}") from None
+    for override in overrides:
+        _lay_over(tree, override)
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        raise BadInput(f"{where}: {explain(error, Config)}") from None
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration as TOML; reading it back gives an equal Config. Unset (None) keys are left out."""
+    return tomli_w.dumps(config.model_dump(exclude_none=True))
+
+
+def differences(ours: Config, theirs: Config) -> list[str]:
+    """`section.key: ours, theirs` for every value in which two configurations differ."""
+    a, b = _flat(ours.model_dump()), _flat(theirs.model_dump())
+    return [f"{key}: {a.get(key)!r}, {b.get(key)!r}" for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)]
+
+
+def nearest(word: str, words: list[str]) -> str:
+    """` (did you mean …?)` when a known word is close, else nothing."""
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def explain(error: ValidationError, schema: type[BaseModel]) -> str:
+    """The first complaint of a ValidationError in one line, with the nearest known key when a key is unknown."""
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {place!r}{nearest(str(first['loc'][-1]), _fields_at(schema, first['loc'][:-1]))}"
+    if first["type"] == "missing":
+        return f"key {place!r} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    got = "" if first["type"] == "value_error" else f", got {first['input']!r}"
+    return f"{place}: {message}{got}" if place else message
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise BadInput(f"{path}: no such file") from None
+    except (UnicodeDecodeError, IsADirectoryError):
+        raise BadInput(f"{path}: not a UTF-8 text file") from None
+
+
+def _lay_over(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise BadInput(f"override {override!r}: write section.key=value")
+    *path, last = key.strip().split(".")
+    node: Any = tree
+    try:
+        for part in path:
+            node = node[int(part)] if isinstance(node, list) else node.setdefault(part, {})
+        if isinstance(node, list):
+            node[int(last)] = _value(text)
+        else:
+            node[last] = _value(text)
+    except (ValueError, IndexError, AttributeError, TypeError):
+        raise BadInput(f"override {override!r}: there is no place {key.strip()!r}") from None
+
+
+def _value(text: str) -> Any:
+    text = text.strip()
+    if text in ("null", "none"):
+        return None
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _fields_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:
+    for part in path:
+        if isinstance(part, int):
+            continue
+        for candidate in _models_in(schema.model_fields[part].annotation):
+            schema = candidate
+    return list(schema.model_fields)
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if isinstance(tree, dict) and tree:
+        return {k: v for key, part in tree.items() for k, v in _flat(part, f"{prefix}{key}.").items()}
+    if isinstance(tree, (list, tuple)) and tree:
+        return {k: v for i, part in enumerate(tree) for k, v in _flat(part, f"{prefix}{i}.").items()}
+    return {prefix[:-1]: tree}

@@ -1,0 +1,24 @@
+"""One layer: attention, then the FFN, each behind a norm and beside a residual (report figure 2)."""
+
+from torch import Tensor, nn
+
+from leanseek.config import ModelConfig
+from leanseek.model.layers import RMSNorm, SwiGLU
+from leanseek.model.mla import MLA, LatentCache
+from leanseek.model.moe import MoE
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = MLA(config)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MoE(config) if config.is_moe(layer) else SwiGLU(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: LatentCache | None = None
+    ) -> Tensor:
+        """x [B, T, D] → [B, T, D]."""
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))

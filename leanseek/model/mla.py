@@ -1,0 +1,97 @@
+"""Multi-head Latent Attention (report §2.1.1): keys and values of all heads live in one latent of kv_lora_rank values.
+
+B batch · T queries · S keys · H heads · N nope width · R rope width · V value width · C latent width.
+
+Direct form, for training and long prefills: expand the latent to keys and values, attend as usual.
+Absorbed form, for decoding: fold the expansion into query and output, attend over the latent itself; the cache then
+holds C + R values per token, and nothing is expanded.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from leanseek.config import ModelConfig
+from leanseek.model.layers import Linear, RMSNorm
+from leanseek.model.rope import apply_rope, softmax_scale
+from leanseek.ops.attention import attention, largest_logits
+
+LATENT_NORM_EPS = 1e-6  # the released code gives its latent norms this constant, whatever rms_norm_eps says
+
+
+class LatentCache(Protocol):
+    """What one layer keeps of the tokens it has seen."""
+
+    def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', [B, S, C] and [B, S, R]."""
+        ...
+
+
+class MLA(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        self.latent = config.kv_lora_rank
+        self.scale = softmax_scale(config)
+        queries = self.heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = Linear(config.hidden_size, queries)
+        else:
+            self.q_a_proj = Linear(config.hidden_size, config.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = Linear(config.q_lora_rank, queries)
+        self.compresses_queries = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent + self.rope)
+        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
+        self.o_proj = Linear(self.heads * self.value, config.hidden_size)
+        # Step-scoped, read and cleared by QK-clip; nothing is measured while it is None.
+        self.largest_logits: Tensor | None = None
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: LatentCache | None = None
+    ) -> Tensor:
+        """x [B, T, D], rope = cos, sin [B, T, R/2], mask bool [B, 1, T, S] or None for plain causal → [B, T, D]."""
+        cos, sin = rope
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split(
+            [self.nope, self.rope], dim=-1
+        )  # [B, T, H, N], [.., R]
+        q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], dim=-1)
+        latent = self.kv_a_layernorm(latent)  # [B, T, C]
+        k_rope = apply_rope(k_rope, cos, sin)  # [B, T, R], one key for all heads
+        if cache is not None:
+            latent, k_rope = cache.append(latent, k_rope)
+        absorb = cache is not None and self.absorbing_is_cheaper(x.shape[1])
+        heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
+        return self.o_proj(heads.flatten(2))
+
+    def direct(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C], k_rope [B, S, R] → [B, T, H, V]."""
+        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
+        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)), dim=-1).transpose(1, 2)
+        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        if self.largest_logits is not None and self.training:
+            torch.maximum(self.largest_logits, largest_logits(q, k, self.scale, mask), out=self.largest_logits)
+        return attention(q, k, v.transpose(1, 2), self.scale, mask).transpose(1, 2)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+        """The same values without expanding the latent: one shared key of width C + R, one shared value of width C."""
+        kv_b = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (self.heads, -1))  # [H, N + V, C]
+        w_uk, w_uv = kv_b.split([self.nope, self.value], dim=1)
+        q = torch.cat(
+            (torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1
+        )  # [B, H, T, C + R]
+        k = torch.cat((latent, k_rope), dim=-1)[:, None]  # [B, 1, S, C + R]
+        scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
+        if mask is None:
+            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(latent.dtype)
+        return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)
+
+    def absorbing_is_cheaper(self, queries: int) -> bool:
+        """Expanding costs C (N + V) per key and head, absorbing 2C + R instead of N + R + V per query, key and head."""
+        return queries * (2 * self.latent - self.nope - self.value) < self.latent * (self.nope + self.value)

@@ -1,0 +1,173 @@
+"""DeepSeekMoE with auxiliary-loss-free balancing (report §2.1.2).
+
+B batch · T tokens in a row · N = B·T · D width · E routed experts · K chosen · F expert width.
+A token's experts are chosen by score plus bias and weighed by the score alone. After each optimizer step the bias of an
+overloaded expert is lowered and that of an underloaded one raised (`updated_bias`); a faint sequence-wise loss beside
+it keeps single sequences from extremes (`sequence_balance_loss`).
+"""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from leanseek.config import ModelConfig
+from leanseek.model.layers import SwiGLU
+from leanseek.ops.experts import grouped_linear, permute, sort_by_expert, unpermute
+from leanseek.ops.routing import route
+
+
+class MoE(nn.Module):
+    """Shared experts, which see every token, beside routed ones. No token is dropped."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = (
+            SwiGLU(config.hidden_size, config.moe_intermediate_size * config.n_shared_experts)
+            if config.n_shared_experts
+            else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, D] → [B, T, D]."""
+        experts, weights = self.gate(x)
+        routed = self.experts(x.flatten(0, 1), experts, weights).view_as(x)
+        return routed if self.shared_experts is None else routed + self.shared_experts(x)
+
+
+class Router(nn.Module):
+    """The gate: scores in at least FP32 whatever the activations are.
+
+    `e_score_correction_bias` is state, not a parameter: no gradient reaches it. The other buffers belong to one
+    optimizer step; the training step sets `balance_weight` before it, reads `load` and `balance_loss` after it and
+    clears them.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
+        if config.topk_method == "noaux_tc":
+            bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
+            self.register_buffer("e_score_correction_bias", bias)
+        else:
+            self.e_score_correction_bias = None
+        self.load: Tensor
+        self.balance_weight: Tensor
+        self.balance_loss: Tensor
+        self.register_buffer("load", torch.zeros(config.n_routed_experts, dtype=torch.int64), persistent=False)
+        self.register_buffer("balance_weight", torch.zeros(()), persistent=False)
+        self.register_buffer("balance_loss", torch.zeros(()), persistent=False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x [B, T, D] → experts [N, K] int64 and their weights [N, K], at least FP32."""
+        c = self.config
+        precise = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(precise), self.weight.to(precise))  # [B, T, E]
+        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+        choice = scores.detach().flatten(0, 1)
+        if self.e_score_correction_bias is not None:
+            choice = choice + self.e_score_correction_bias  # steers the choice …
+        load = self.load if self.training else torch.zeros_like(self.load)
+        n_group = 1 if c.topk_method == "greedy" else c.n_group
+        group_top = 2 if c.topk_method == "noaux_tc" else 1
+        experts = route(choice, load, c.num_experts_per_tok, n_group, c.topk_group, group_top)
+        weights = scores.flatten(0, 1).gather(1, experts)  # … but never the weight
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
+        weights = weights * c.routed_scaling_factor
+        if self.training:
+            loss = sequence_balance_loss(scores, c.num_experts_per_tok).sum() * self.balance_weight
+            self.balance_loss += loss.detach()
+            weights = _JoinLoss.apply(weights, loss)
+        return experts, weights
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts like any module, but never rounds the bias: steps of 0.001 vanish in BF16."""
+        bias = self.e_score_correction_bias
+        super()._apply(fn, recurse)
+        moved = self.e_score_correction_bias
+        if bias is not None and moved is not None and torch.finfo(moved.dtype).bits < 32:
+            self.e_score_correction_bias = bias.to(moved.device)
+        return self
+
+
+class Experts(nn.Module):
+    """All routed experts, stacked: gate and up [E, 2F, D], gate first, and down [E, D, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e, d, f = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))
+        self.down_proj = nn.Parameter(torch.empty(e, d, f))
+        self.dispatcher = LocalDispatcher(e)
+
+    def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x [N, D], experts and weights [N, K] → [N, D]."""
+        rows, counts, way_back = self.dispatcher.dispatch(x, experts)
+        gate, up = grouped_linear(rows, self.gate_up_proj.to(x.dtype), counts).chunk(2, dim=-1)
+        rows = grouped_linear(F.silu(gate) * up, self.down_proj.to(x.dtype), counts)
+        return self.dispatcher.combine(rows, weights, way_back)
+
+
+class LocalDispatcher:
+    """Brings tokens to their experts and back where every expert is at hand; expert parallelism puts another here."""
+
+    def __init__(self, n_experts: int) -> None:
+        self.n_experts = n_experts
+
+    def dispatch(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """x [N, D], experts [N, K] → rows [N·K, D] sorted by expert, counts [E], and what `combine` needs."""
+        order, counts = sort_by_expert(experts, self.n_experts)
+        return permute(x, order, experts.shape[1]), counts, order
+
+    def combine(self, rows: Tensor, weights: Tensor, way_back: Any) -> Tensor:
+        """rows [N·K, D], weights [N, K] → weighted sums [N, D]."""
+        return unpermute(rows, way_back, weights)
+
+
+def sequence_balance_loss(scores: Tensor, k: int) -> Tensor:
+    """Σᵢ fᵢ Pᵢ of each sequence (report eq. 17-20): scores [B, T, E] → [B].
+
+    f, the share of tokens that would choose expert i by raw score, has no gradient; P, the mean normalised score, has.
+    It is 1 when the load is even.
+    """
+    tokens, n_experts = scores.shape[1:]
+    chosen = scores.detach().topk(k, dim=-1).indices.flatten(1)  # [B, T·K]: no bias, no groups
+    frequency = torch.zeros_like(scores[:, 0]).scatter_add_(1, chosen, scores.new_ones(()).expand(chosen.shape))
+    probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
+    return (frequency * (n_experts / (k * tokens)) * probability).sum(dim=-1)
+
+
+def updated_bias(bias: Tensor, load: Tensor, speed: float, centred: bool = False) -> Tensor:
+    """b + γ sign(mean load − load), load [E] over the whole global batch (report §2.1.2).
+
+    `centred` takes the mean out of the step, so that the biases cannot drift together.
+    """
+    load = load.to(torch.float64)
+    step = speed * (load.mean() - load).sign()
+    if centred:
+        step = step - step.mean()
+    return bias + step.to(bias.dtype)
+
+
+def max_violation(load: Tensor) -> float:
+    """MaxVio of one layer: how far the busiest expert lies above the mean load, 0 when perfectly even."""
+    return (load.max() / load.double().mean()).item() - 1 if load.any() else 0.0
+
+
+class _JoinLoss(torch.autograd.Function):
+    """Identity that hands a loss its gradient of one, so that pipeline stages pass activations only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
+        ctx.loss = loss.detach()
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, torch.ones_like(ctx.loss)

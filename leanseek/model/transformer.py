@@ -1,0 +1,102 @@
+"""The whole model (report §2): a pre-norm decoder of MLA and DeepSeekMoE blocks, with MTP modules beside it.
+
+B batch · T tokens in a row · D hidden_size · V vocab_size. The model is one-device code: it knows no ranks, no files
+and no environment. Layers are kept by global index and embedding, norm and head may be absent, so that a pipeline can
+cut it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from leanseek.config import ModelConfig
+from leanseek.model.block import Block
+from leanseek.model.layers import Linear, RMSNorm
+from leanseek.model.mla import LatentCache
+from leanseek.model.moe import Experts, Router
+from leanseek.model.mtp import MTPModule
+from leanseek.model.rope import rotary
+
+
+class Transformer(nn.Module):
+    """`dtype` is the precision of the activations; the parameters keep their own."""
+
+    def __init__(self, config: ModelConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        n = config.num_hidden_layers
+        self.embed_tokens: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(n)})
+        self.norm: RMSNorm | None = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head: Linear | None = Linear(config.hidden_size, config.vocab_size)
+        further = range(n, n + config.num_nextn_predict_layers)  # released files number MTP modules on from the layers
+        self.mtp = nn.ModuleDict({str(i): MTPModule(config, i) for i in further})
+
+    def forward(
+        self,
+        ids: Tensor,
+        positions: Tensor,
+        segments: Tensor | None = None,
+        cache: Sequence[LatentCache] | None = None,
+    ) -> Tensor:
+        """ids, positions [B, T] (ids [B, T, D] where the embedding was cut off) → final hidden states [B, T, D].
+
+        segments [B, T] isolates the samples packed into a row. With a cache, one LatentCache per layer, the new tokens
+        attend to every cached position up to their own. The head is apart: `lm_head`.
+        """
+        rope, mask = rotary(positions, self.config), attention_mask(positions, segments, cache is not None)
+        hidden = ids if self.embed_tokens is None else self.embed_tokens(ids).to(self.dtype)
+        for index, layer in self.layers.items():
+            hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)])
+        return hidden if self.norm is None else self.norm(hidden)
+
+    def predict_further(
+        self, hidden: Tensor, ids: Tensor, positions: Tensor, segments: Tensor | None = None
+    ) -> list[Tensor]:
+        """The MTP modules in training: hidden [B, T, D] and ids [B, T] of a row → for depth k = 1, 2, … [B, T − k, D].
+
+        Position i of depth k predicts token i + k + 1 of the row.
+        """
+        assert self.embed_tokens is not None
+        embedded, further = self.embed_tokens(ids).to(self.dtype), []
+        for k, module in enumerate(self.mtp.values(), start=1):
+            kept = ids.shape[1] - k
+            where = positions[:, :kept]
+            mask = attention_mask(where, None if segments is None else segments[:, :kept], False)
+            hidden = module(embedded[:, k:], hidden[:, :kept], rotary(where, self.config), mask)
+            further.append(hidden)
+        return further
+
+    def routers(self) -> dict[str, Router]:
+        """Every router by name, those of the MTP modules included."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
+
+    @torch.no_grad()
+    def initialise(self, std: float, generator: torch.Generator) -> None:
+        """Matrices from N(0, std²) (report §4.2), norms one, biases and counters zero; for emptied models too."""
+        for module in self.modules():
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, (nn.Embedding, Linear, Experts, Router)):
+                for parameter in module.parameters(recurse=False):
+                    parameter.normal_(0.0, std, generator=generator)
+            for buffer in module.buffers(recurse=False):
+                buffer.zero_()
+
+
+def attention_mask(positions: Tensor, segments: Tensor | None, cached: bool) -> Tensor | None:
+    """Who may attend to whom, bool [B, 1, T, S]; None where plain causal attention says it all.
+
+    With a cache, key j is the token at position j, so the keys reach to the largest position asked for.
+    """
+    if cached:
+        if segments is not None:
+            raise ValueError("segments isolate packed training rows; a cache holds one sample per row")
+        keys = torch.arange(int(positions.max()) + 1, device=positions.device)
+        return keys <= positions[:, None, :, None]
+    if segments is None:
+        return None
+    causal = torch.ones(positions.shape[1], positions.shape[1], dtype=torch.bool, device=positions.device).tril()
+    return causal & (segments[:, None, :, None] == segments[:, None, None, :])

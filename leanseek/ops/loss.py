@@ -1,0 +1,68 @@
+"""Cross-entropy of the output head without the full logits, always a sum: means are taken once, over the global batch.
+
+N tokens · D width · V vocabulary. A target of IGNORE adds nothing to the sum.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+_LOGITS_AT_ONCE = 1 << 24  # values of the logits held at a time: 64 MiB in FP32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """−Σ log softmax(hidden weightᵀ)[target] over the valid targets, a scalar in at least FP32.
+
+    hidden [N, D], weight [V, D], targets [N]. Works through the rows in pieces and takes each piece's gradient while
+    its logits are at hand, so that memory does not grow with N·V and nothing is computed twice.
+    """
+    return _LinearCrossEntropy.apply(hidden, weight, targets)
+
+
+@torch.no_grad()
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """−log p of each target in nats, [N] in at least FP32; 0 where the target is IGNORE."""
+    losses = []
+    for rows in _pieces(hidden.shape[0], weight.shape[0]):
+        logits, valid = _logits(hidden[rows], weight), targets[rows] != IGNORE
+        picked = logits.gather(1, targets[rows].clamp(min=0)[:, None]).squeeze(1)
+        losses.append((logits.logsumexp(dim=-1) - picked) * valid)
+    return torch.cat(losses)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for rows in _pieces(hidden.shape[0], weight.shape[0]):
+            logits, valid = _logits(hidden[rows], weight), (targets[rows] != IGNORE)[:, None]
+            index = targets[rows].clamp(min=0)[:, None]
+            total += ((logits.logsumexp(dim=-1, keepdim=True) - logits.gather(1, index)) * valid).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            error = logits.softmax(dim=-1).scatter_add_(1, index, logits.new_full(index.shape, -1.0)).mul_(valid)
+            error = error.to(hidden.dtype)  # d loss / d logits, [piece, V]
+            if grad_hidden is not None:
+                grad_hidden[rows] = error @ weight.to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight += error.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.to(hidden.dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+
+
+def _pieces(rows: int, vocabulary: int) -> list[slice]:
+    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
