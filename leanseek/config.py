@@ -10,10 +10,10 @@ import itertools
 import tomllib
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 
 class BadInput(Exception):
@@ -21,7 +21,15 @@ class BadInput(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _number_for_number(cls, value: Any, info: ValidationInfo) -> Any:
+        wanted = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, (bool, str)) and {int, float} & {wanted, *get_args(wanted)}:
+            raise ValueError(f"must be a number, got {value!r}")  # pydantic would take true for 1 and "5" for 5
+        return value
 
 
 # ── [model] ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,6 +96,8 @@ class ModelConfig(Section):
     def _consistent(self) -> Self:
         if self.num_key_value_heads not in (None, self.num_attention_heads):
             raise ValueError("num_key_value_heads must equal num_attention_heads: MLA shares one latent instead")
+        if self.first_k_dense_replace > self.num_hidden_layers:
+            raise ValueError(f"first_k_dense_replace is above num_hidden_layers {self.num_hidden_layers}")
         if self.qk_rope_head_dim % 2:
             raise ValueError("qk_rope_head_dim must be even: RoPE turns pairs")
         if self.num_experts_per_tok > self.n_routed_experts:
@@ -171,8 +181,8 @@ class ScheduleConfig(Section):
     unit: Literal["tokens", "fraction"] = "fraction"
     learning_rate: tuple[Piece, ...] = Field(min_length=1)
     batch_tokens: tuple[Piece, ...] = Field(min_length=1)
-    bias_speed: tuple[Piece, ...] = (Piece(until=1, value=0.001),)
-    mtp_weight: tuple[Piece, ...] = (Piece(until=1, value=0.3),)
+    bias_speed: tuple[Piece, ...] = Field((Piece(until=1, value=0.001),), min_length=1)
+    mtp_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.3),), min_length=1)
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -292,8 +302,9 @@ def nearest(word: str, words: list[str]) -> str:
 
 
 def explain(error: ValidationError, schema: type[BaseModel]) -> str:
-    """The first complaint of a ValidationError in one line, with the nearest known key when a key is unknown."""
-    first = error.errors()[0]
+    """One complaint of a ValidationError in one line: an unknown key, with the nearest known one, else the first."""
+    complaints = error.errors()  # a required key misspelt is both missing and unknown: the latter says what to mend
+    first = next((item for item in complaints if item["type"] == "extra_forbidden"), complaints[0])
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return f"unknown key {place!r}{nearest(str(first['loc'][-1]), _fields_at(schema, first['loc'][:-1]))}"
@@ -335,9 +346,10 @@ def _value(text: str) -> Any:
     if text in ("null", "none"):
         return None
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        tree = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
+    return tree["value"] if len(tree) == 1 else text
 
 
 def _fields_at(schema: type[BaseModel], path: tuple[int | str, ...]) -> list[str]:

@@ -67,7 +67,8 @@ class Router(nn.Module):
         """x [B, T, D] → experts [N, K] int64 and their weights [N, K], at least FP32."""
         c = self.config
         precise = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(precise), self.weight.to(precise))  # [B, T, E]
+        with torch.autocast(x.device.type, enabled=False):
+            logits = F.linear(x.to(precise), self.weight.to(precise))  # [B, T, E]
         scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
         choice = scores.detach().flatten(0, 1)
         if self.e_score_correction_bias is not None:
@@ -82,17 +83,17 @@ class Router(nn.Module):
         weights = weights * c.routed_scaling_factor
         if self.training:
             loss = sequence_balance_loss(scores, c.num_experts_per_tok).sum() * self.balance_weight
-            self.balance_loss += loss.detach()
-            weights = _JoinLoss.apply(weights, loss)
+            weights = _JoinLoss.apply(weights, loss, self.balance_loss)
         return experts, weights
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Moves and casts like any module, but never rounds the bias: steps of 0.001 vanish in BF16."""
-        bias = self.e_score_correction_bias
+        """Moves and casts like any module, but never rounds the buffers: steps of 0.001 vanish in BF16."""
+        before = dict(self._buffers)
         super()._apply(fn, recurse)
-        moved = self.e_score_correction_bias
-        if bias is not None and moved is not None and torch.finfo(moved.dtype).bits < 32:
-            self.e_score_correction_bias = bias.to(moved.device)
+        for name, buffer in before.items():
+            moved = self._buffers[name]
+            if buffer is not None and moved is not None and moved.is_floating_point() and moved.itemsize < 4:
+                self._buffers[name] = buffer.to(moved.device)
         return self
 
 
@@ -161,13 +162,17 @@ def max_violation(load: Tensor) -> float:
 
 
 class _JoinLoss(torch.autograd.Function):
-    """Identity that hands a loss its gradient of one, so that pipeline stages pass activations only."""
+    """Identity that hands a loss its gradient of one, so that pipeline stages pass activations only.
+
+    The loss is added to `total` in the backward pass, which runs once even where the forward pass is recomputed.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, loss: Tensor) -> Tensor:
-        ctx.loss = loss.detach()
+    def forward(ctx: Any, x: Tensor, loss: Tensor, total: Tensor) -> Tensor:
+        ctx.loss, ctx.total = loss.detach(), total
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        return grad, torch.ones_like(ctx.loss)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.total += ctx.loss
+        return grad, torch.ones_like(ctx.loss), None

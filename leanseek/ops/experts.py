@@ -28,6 +28,7 @@ def unpermute(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     return (weights.to(rows.dtype)[:, None, :] @ chosen).squeeze(1)
 
 
+@torch.compiler.disable  # PyTorch's tracer takes the grouped matmul in BF16 alone, and the loop's sizes are data
 def grouped_linear(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
     """Each expert's rows times its own matrix: x [M, D] sorted by expert, weight [E, F, D], counts [E] → [M, F]."""
     aligned = all(width * x.element_size() % 16 == 0 for width in weight.shape[1:])

@@ -1,0 +1,3 @@
+from leanseek.cli import main
+
+main()

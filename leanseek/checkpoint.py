@@ -1,0 +1,451 @@
+"""The run folder: its anatomy, its lock, and checkpoints that survive a kill at any moment.
+
+    RUN/config.toml                     the resolved configuration
+        run.json                        format version, place and fingerprint of the data
+        tokenizer/
+        metrics.jsonl  receipt.json  spent.json
+        checkpoints/step-00000120/      model/*.safetensors, optimizer/*.safetensors + groups.json, state.json,
+                                        checksums.json
+
+Tensors go through torch DCP into safetensors, everything else into JSON: loading never unpickles. A checkpoint is
+written under a name that starts with a dot, checksummed, flushed to the disk and only then renamed, so a folder called
+`step-…` was whole when it got its name; what happens to it afterwards the checksums tell.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from leanseek.config import BadInput, Config, differences, read_config, to_toml
+
+FORMAT_VERSION = 1
+FILE_BYTES = 4 << 30  # a weight file is assembled in memory: large models are split into files of about this size
+
+# what the same run may be continued with: none of it changes a single weight
+FREE_KEYS = ("max_steps", "max_seconds", "checkpoint_every", "keep_checkpoints", "eval_every")
+FROZEN_WHEN_AUTO = ("dtype", "device")
+
+
+# ── the run ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextmanager
+def lock(run: Path) -> Iterator[None]:
+    """Hold RUN for this process; the system lets go of it when the process ends, however it ends. Raises BadInput."""
+    _make_folder(run)
+    with (run / ".lock").open("a") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{run} is in use by another process: wait for it or take another folder") from None
+        yield
+
+
+def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None:
+    """The configuration to go on with when RUN already holds this very run, None when RUN is new.
+
+    The answer is the stored configuration with the asked price and values of FREE_KEYS; `auto` asks for whatever the
+    run froze. Raises BadInput when RUN holds another configuration, other data, or is a folder of something else.
+    """
+    if not (run / "run.json").is_file():
+        if run.is_dir() and any(entry.name not in (".lock", ".writing-run.json") for entry in run.iterdir()):
+            raise BadInput(f"{run}: a folder with other things in it, not a run: take a new or empty folder")
+        return None
+    stored_fingerprint = _run_facts(run).get("data_fingerprint")
+    if not (run / "config.toml").is_file():
+        return None  # creation was interrupted: config.toml comes last
+    stored = read_config(run / "config.toml")
+    free = {key: getattr(config.train, key) for key in FREE_KEYS}
+    frozen = {key: getattr(stored.train, key) for key in FROZEN_WHEN_AUTO if getattr(config.train, key) == "auto"}
+    priced = {"description": config.description, "cost": config.cost}
+    merged = stored.model_copy(update={**priced, "train": stored.train.model_copy(update=free)})
+    wanted = config.model_copy(update={"train": config.train.model_copy(update=frozen)})
+    if found := differences(merged, wanted):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise BadInput(
+            f"{run} holds another config (its value, yours): {'; '.join(found[:3])}{more}: take a new folder"
+        )
+    if stored_fingerprint != data_fingerprint:
+        raise BadInput(f"{run} was begun on other data: give the data it began with or take a new folder")
+    return merged
+
+
+def create_run(run: Path, config: Config, data_fingerprint: str, tokenizer: Path, data: Path) -> None:
+    """Make RUN hold `config`, a copy of the tokenizer's folder, the place of its data and an empty `checkpoints/`."""
+    _make_folder(run)
+    facts = {"format_version": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "data": str(data.absolute())}
+    _write_whole(run / "run.json", _json(facts))
+    _make_folder(run / "checkpoints")
+    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    _write_whole(run / "config.toml", to_toml(config).encode())  # last: a run with a configuration is complete
+
+
+def read_run(run: Path) -> Config:
+    """The configuration of an existing run. Raises BadInput."""
+    if not (run / "run.json").is_file() or not (run / "config.toml").is_file():
+        raise BadInput(f"{run}: not a run: there is no run.json with a config.toml in it")
+    _run_facts(run)
+    return read_config(run / "config.toml")
+
+
+def data_of(run: Path) -> Path:
+    """The data folder an existing run was trained on, as it was called then. Raises BadInput."""
+    read_run(run)
+    return Path(_run_facts(run)["data"])
+
+
+def cut_metrics(run: Path, step: int) -> dict[str, float]:
+    """Cut metrics.jsonl back to the lines with `step` ≤ the given one; a half-written line goes as well.
+
+    Returns the largest `seconds`, `cpu_seconds` and `flops` of all lines, removed ones included, so that lost work is
+    billed; they are kept in spent.json, or a run killed twice would forget the first loss. 0 where no line has one.
+    """
+    path, remembered = run / "metrics.jsonl", run / "spent.json"
+    spent = dict.fromkeys(("seconds", "cpu_seconds", "flops"), 0.0)
+    if remembered.exists():
+        spent |= json.loads(remembered.read_bytes())
+    whole, kept = path.read_bytes() if path.exists() else b"", []
+    for line in whole.splitlines():
+        try:
+            row = json.loads(line)
+            at = row["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        spent = {key: max(most, row.get(key, 0.0)) for key, most in spent.items()}
+        if at <= step:
+            kept.append(line + b"\n")
+    if b"".join(kept) != whole:
+        _write_whole(remembered, _json(spent))
+        _write_whole(path, b"".join(kept))
+    return spent
+
+
+# ── checkpoints ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    step: int
+
+    @property
+    def model(self) -> Path:
+        """The folder with the weights, for `load_model_weights`."""
+        return self.path / "model"
+
+    def state(self) -> dict[str, Any]:
+        """What `save` was given as `state`."""
+        state: dict[str, Any] = json.loads((self.path / "state.json").read_bytes())
+        return state
+
+
+def save(run: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: dict[str, Any], keep: int) -> Path:
+    """Write RUN/checkpoints/step-… and remove all but the newest `keep`; returns the new folder.
+
+    Weights keep each tensor's dtype, persistent buffers included. `state` is anything JSON can hold. Checkpoints of
+    later steps are removed too: the run has turned back past them. Raises OSError (a full disk, no permission); the
+    earlier checkpoints then stand as before.
+    """
+    folder = run / "checkpoints"
+    state_bytes = _json(state)
+    name = f"step-{step:08d}"
+    writing, target = folder / f".writing-{name}", folder / name
+    _make_folder(folder)
+    _remove_leftovers(folder)
+    try:
+        writing.mkdir()
+        _write_tensors(writing / "model", model.state_dict())
+        _write_optimizers(writing / "optimizer", model, optimizers)
+        (writing / "state.json").write_bytes(state_bytes)
+        _seal(writing, step)
+        if target.exists():  # saved again at the same step: the old one stays findable until the new one has its name
+            _remove(folder / f"{name}.old")
+            target.rename(folder / f"{name}.old")
+        writing.rename(target)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(writing, ignore_errors=True)
+        raise
+    earlier = [found for found in _found(folder) if found.step < step]
+    for unwanted in [found for found in _found(folder) if found not in earlier[: keep - 1] and found.path != target]:
+        _remove(unwanted.path)
+    return target
+
+
+def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every byte is as written, None when there is none at all.
+
+    A damaged one is named through `warn`, in one line, and the one before is taken. Raises BadInput when all are
+    damaged.
+    """
+    found = _found(run / "checkpoints")
+    for checkpoint in found:
+        damage = _damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        warn(f"{checkpoint.path}: {damage}: trying the checkpoint before")
+    if found:
+        raise BadInput(f"{run}: none of its {len(found)} checkpoints is whole: start again in a new folder")
+    return None
+
+
+def load(checkpoint: Checkpoint, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
+    """Bring model and optimizers, in place, to the bits they were saved with; returns `state`. Raises BadInput."""
+    load_model_weights(checkpoint.model, model, same_dtype=True)
+    _load_optimizers(checkpoint.path / "optimizer", model, optimizers)
+    return checkpoint.state()
+
+
+def load_model_weights(folder: Path, model: nn.Module, same_dtype: bool = False) -> None:
+    """Fill the model, in place, from the safetensors files of a folder; other files there are not opened.
+
+    Values are converted to the model's dtypes unless `same_dtype` asks that they agree. Raises BadInput naming tensors
+    that are missing, not the model's, or of another shape or dtype; the model is then untouched.
+    """
+    target = model.state_dict()
+    stored = _stored_tensors(folder)
+    _refuse(folder, "missing", [name for name in target if name not in stored])
+    _refuse(folder, "unexpected", [name for name in stored if name not in target])
+    shapes = [(name, list(stored[name].size), list(target[name].shape)) for name in target]
+    _refuse(folder, "wrong shape of", [f"{name} ({a}, here {b})" for name, a, b in shapes if a != b])
+    if same_dtype:
+        dtypes = [(name, stored[name].properties.dtype, target[name].dtype) for name in target]
+        _refuse(folder, "wrong dtype of", [f"{name} ({a}, here {b})" for name, a, b in dtypes if a != b])
+    _read_tensors(folder, target)
+
+
+# ── optimizers: state by parameter name ───────────────────────────────────────────────────────────────────────────
+# torch's own state-dict functions cast moments to the parameter's dtype and take a step with zero gradients to make
+# room for them; written out by name nothing is cast, nothing steps, and what has no state yet has none afterwards.
+
+
+def _write_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    described = []
+    for index, optimizer in enumerate(optimizers):
+        groups = []
+        for group in optimizer.param_groups:
+            settings = {key: value for key, value in group.items() if key != "params"}
+            groups.append({"settings": settings, "params": [names[parameter] for parameter in group["params"]]})
+        state: dict[str, dict[str, Any]] = {}
+        for parameter, values in optimizer.state.items():
+            name = names[parameter]
+            state[name] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
+            for key, value in values.items():
+                if isinstance(value, Tensor):
+                    state[name][key] = {"tensor": f"{index}.{name}.{key}"}
+                    tensors[f"{index}.{name}.{key}"] = value
+        described.append({"groups": groups, "state": state})
+    if tensors:
+        _write_tensors(folder, tensors)
+    folder.mkdir(exist_ok=True)
+    (folder / "groups.json").write_bytes(_json(described))
+
+
+def _load_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+    parameters = dict(model.named_parameters())
+    names = {parameter: name for name, parameter in parameters.items()}
+    described = json.loads((folder / "groups.json").read_bytes())
+    ours = [[[names[p] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
+    theirs = [[group["params"] for group in saved["groups"]] for saved in described]
+    if ours != theirs:
+        raise BadInput(f"{folder}: was saved by other optimizers or with the parameters grouped otherwise")
+    stored = _stored_tensors(folder)
+    tensors: dict[str, Tensor] = {}
+    for optimizer, saved in zip(optimizers, described, strict=True):
+        optimizer.state.clear()
+        on_device: set[Tensor] = set()
+        for group, saved_group in zip(optimizer.param_groups, saved["groups"], strict=True):
+            for key, value in saved_group["settings"].items():
+                group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+            if group.get("fused") or group.get("capturable"):
+                on_device.update(group["params"])
+        for name, values in saved["state"].items():
+            parameter = parameters[name]
+            restored = optimizer.state[parameter]
+            for key, value in values.items():
+                if not isinstance(value, dict):
+                    restored[key] = value
+                    continue
+                size, dtype = stored[value["tensor"]].size, stored[value["tensor"]].properties.dtype
+                if size == parameter.shape:
+                    tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                else:  # torch keeps step counts on the CPU unless the update runs as one kernel
+                    device = parameter.device if size or parameter in on_device else "cpu"
+                    tensor = torch.empty(size, dtype=dtype, device=device)
+                restored[key] = tensors[value["tensor"]] = tensor
+    if tensors:
+        _read_tensors(folder, tensors)
+
+
+# ── tensors and files ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    file_of, index, filled = {}, 1, 0
+    for name, tensor in tensors.items():
+        if filled and filled + tensor.nbytes > FILE_BYTES:
+            index, filled = index + 1, 0
+        file_of[name], filled = index, filled + tensor.nbytes
+    with _dcp_in_one_process():
+        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), file_of), no_dist=True)
+
+
+def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
+    with _dcp_in_one_process():
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+
+
+def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
+    """Size and dtype of every tensor in a folder of safetensors files, by name. Raises BadInput."""
+    try:
+        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata  # type: ignore[return-value]
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput(f"{folder}: no such folder of weights") from None
+    except SafetensorError as error:
+        raise BadInput(f"{folder}: not readable as safetensors: {error}") from None
+
+
+@contextmanager
+def _dcp_in_one_process() -> Iterator[None]:
+    """Keep DCP from warning that there is no process group, and have its errors as they were raised."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from None
+
+
+def _refuse(folder: Path, what: str, names: list[str]) -> None:
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise BadInput(f"{folder}: not this model's weights: {what} {', '.join(names[:3])}{more}")
+
+
+def _found(folder: Path) -> list[Checkpoint]:
+    """Every checkpoint of a folder, newest first; at the same step the one saved again comes before the `.old`."""
+    found = []
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        if match := re.fullmatch(r"step-(\d+)(\.old)?", entry.name):
+            found.append((int(match[1]), not match[2], entry))
+    return [Checkpoint(path, step) for step, _, path in sorted(found, reverse=True)]
+
+
+def _seal(folder: Path, step: int) -> None:
+    """Write checksums.json over all files of a checkpoint and bring everything to the disk."""
+    files = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        _flush(path)
+    sums = {"format_version": FORMAT_VERSION, "step": step, "files": files}
+    (folder / "checksums.json").write_bytes(_json(sums))
+    for path in (folder / "checksums.json", folder / "model", folder / "optimizer", folder):
+        _flush(path)
+
+
+def _damage(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint, None when it is whole."""
+    try:
+        sums = json.loads((checkpoint.path / "checksums.json").read_bytes())
+        if sums["format_version"] != FORMAT_VERSION:
+            return f"format version {sums['format_version']} is not {FORMAT_VERSION}"
+        if sums["step"] != checkpoint.step:
+            return f"belongs to step {sums['step']}"
+        for name, expected in sums["files"].items():
+            path = checkpoint.path / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
+            if _digest(path) != expected["sha256"]:
+                return f"{name} does not match its checksum"
+    except (FileNotFoundError, NotADirectoryError):
+        return "checksums.json is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "checksums.json is damaged"
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        return "the disk fails to read it"
+    return None
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _run_facts(run: Path) -> dict[str, Any]:
+    try:
+        facts: dict[str, Any] = json.loads((run / "run.json").read_bytes())
+        version = facts["format_version"]
+    except (ValueError, KeyError, TypeError):
+        raise BadInput(f"{run / 'run.json'}: damaged") from None
+    if version != FORMAT_VERSION:
+        raise BadInput(f"{run}: has run format {version}, this program reads {FORMAT_VERSION}")
+    return facts
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInput(f"{path}: there is a file in the way of this folder") from None
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint so that at no moment half of one stands under its name."""
+    if path.exists():
+        hidden = path.with_name(f".removing-{path.name}")
+        path.rename(hidden)
+        shutil.rmtree(hidden)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    for pattern in (".writing-*", ".removing-*"):
+        for path in folder.glob(pattern):
+            shutil.rmtree(path)
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Replace a file in one move: a reader finds the old content or the new one."""
+    writing = path.with_name(f".writing-{path.name}")
+    with writing.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    writing.replace(path)
+    _flush(path.parent)
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

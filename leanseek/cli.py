@@ -1,0 +1,200 @@
+"""The command line: verbs to functions. It parses, loads and calls; what a verb does is written in its room."""
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from leanseek.config import BadInput
+
+app = typer.Typer(
+    name="leanseek",
+    help="The whole DeepSeek-V3 system: text to tokenizer to training to a model that talks, and the bill.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+UsageError: Any = typer.BadParameter.__bases__[
+    0
+]  # click's; typer carries a copy of click and exports only its children
+
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+
+
+@app.command()
+def demo(
+    minutes: Annotated[float, typer.Option(help="About how long training may take.")] = 3.0,
+    text: Annotated[
+        str | None, typer.Option(metavar="FILE|DIR", help="Your text; else this machine's Python sources.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="RUN", help="Where to put the run.")] = Path("runs/demo"),
+) -> None:
+    """The whole chain on text at hand: prepare, pretrain, evaluate, generate, the bill, a chat."""
+    from leanseek.demo import demo as run_demo
+
+    run_demo(minutes, text, out)
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one, resolved.")] = None,
+) -> None:
+    """List the shipped recipes, or print one resolved."""
+    from leanseek.config import read_recipe, recipe_names, to_toml
+
+    if name is not None:
+        print(to_toml(read_recipe(name)), end="")
+        return
+    for each in recipe_names():
+        print(f"{each:<8}  {read_recipe(each).description}")
+
+
+@app.command()
+def prepare(
+    inputs: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="INPUT...",
+            help=".txt, .jsonl (+.gz, .zst), .parquet, folders, hf:NAME; SOURCE=INPUT names a source.",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="DATA", help="Where to put the shards.")],
+    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer trained on the text.")] = 4096,
+    tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Reuse this tokenizer instead.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Processes; one per core unless told.")] = None,
+) -> None:
+    """Clean, deduplicate, train or reuse a tokenizer, tokenise into shards."""
+    from leanseek.data.prepare import prepare as run_prepare
+
+    report = run_prepare(inputs, out, vocab_size, tokenizer, workers, progress=sys.stderr.isatty())
+    print("\n".join(report.lines()))
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="A shipped recipe or a .toml file.")],
+    data: Annotated[Path, typer.Option(metavar="DATA", help="A folder made by prepare.")],
+    out: Annotated[Path, typer.Option(metavar="RUN", help="The run folder; the same command again resumes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.tokens=2e6.")
+    ] = None,
+) -> None:
+    """Train a model from scratch; the same command again goes on where it stopped."""
+    from leanseek.config import read_recipe
+
+    config = read_recipe(recipe, overrides or [])
+    from leanseek.train.pretrain import pretrain as run_pretrain
+    from leanseek.train.receipt import printed
+
+    receipt = run_pretrain(config, data, out)
+    if receipt["ended"] != "complete":
+        print(f"stopped ({receipt['ended']}); the same command goes on from step {receipt['steps']}", file=sys.stderr)
+    print(printed(receipt))
+
+
+@app.command("eval")
+def evaluate(
+    run: Run,
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "bpb",
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Score this .txt or .jsonl text; else the validation split.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Score a run: bits per byte on its validation text or on any text."""
+    from leanseek.eval.harness import evaluate as run_evaluate
+
+    results = run_evaluate(run, tasks.split(","), text)
+    if as_json:
+        print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))
+        return
+    for task, result in results.items():
+        print(
+            f"{task}: "
+            + ", ".join(
+                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
+                for key, value in result.items()
+            )
+        )
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Option(metavar="TEXT")],
+    max_tokens: Annotated[int, typer.Option()] = 200,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0: no limit.")] = 0,
+    min_p: Annotated[float, typer.Option()] = 0.0,
+    seed: Annotated[int, typer.Option()] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given more than once.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the prompt as it stands, also where a run was taught to chat.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """One completion of a prompt."""
+    import leanseek
+    from leanseek.serve.sampling import Sampling
+
+    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    completion = leanseek.load(run).generate(prompt, max_tokens, sampling, seed=seed, stop=stop or [])
+    if as_json:
+        keys = ("text", "token_ids", "prompt_tokens", "tokens_per_second", "finish_reason")
+        print(json.dumps({key: getattr(completion, key) for key in keys}))
+    else:
+        print(prompt + completion.text)
+
+
+@app.command()
+def chat(
+    run: Run,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: Annotated[int, typer.Option()] = 400,
+    temperature: Annotated[float, typer.Option()] = 0.8,
+    top_p: Annotated[float, typer.Option()] = 0.95,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Talk to a run in the terminal."""
+    from leanseek.serve.chat import chat as run_chat
+    from leanseek.serve.sampling import Sampling
+
+    run_chat(run, system, max_tokens, Sampling(temperature=temperature, top_p=top_p), seed)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Exit code 0, or 2 with one clear line on stderr when the input, the disk or the memory is at fault."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments or ["--help"], standalone_mode=False)
+    except UsageError as error:
+        where = error.ctx.command_path if error.ctx else "leanseek"
+        _refuse(f"{error.format_message().rstrip('.')} (see '{where} --help')")
+    except (typer.Abort, KeyboardInterrupt):
+        sys.exit(130)
+    except BadInput as error:
+        _refuse(str(error))
+    except OSError as error:
+        reason = {errno.ENOSPC: "no space left on the disk"}.get(error.errno or 0, error.strerror or str(error))
+        _refuse(f"{error.filename or 'disk'}: {reason}; what was saved before is untouched")
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _refuse("out of memory: a smaller train.micro_batch needs less; what was saved before is untouched")
+    sys.exit(0)
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    words = ("can't allocate memory", "out of memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
+
+
+def _refuse(line: str) -> NoReturn:
+    print("leanseek: " + " ".join(line.split()), file=sys.stderr)
+    sys.exit(2)

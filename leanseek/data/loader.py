@@ -1,0 +1,310 @@
+"""Token shards to batches: packing, fill-in-the-middle and mixtures (report §4.1).
+
+A batch is a pure function of (seed, stage, sample, rank, ranks). What a stage reads, and in which order, follows from
+its index, which follows from (seed, stage) and the data alone; so resuming is exact and the global order does not
+depend on the number of ranks. Documents in one row see each other, as in the report.
+"""
+
+import bisect
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import lru_cache
+
+import numpy as np
+
+from leanseek.config import BadInput, DataConfig, Stage
+from leanseek.data.clean import mix
+from leanseek.data.shards import Data, Shard
+from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+
+NO_TARGET = -100
+# What random numbers are for: the word after the seed, so that no two uses share them.
+ORDER, DOCUMENT_ORDER, FIM_CHOICE, FIM_CUT = range(4)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """ids and targets [B, T] int64; a target is the token after, or -100 where none is predicted.
+
+    Padding has no target, nor has BOS, nor the first token of a piece cut out of a longer document: that one was
+    predicted at the end of the piece before. Every other token of a document is predicted exactly once per epoch.
+    """
+
+    ids: np.ndarray
+    targets: np.ndarray
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows as lists of pieces: piece p is tokens start[p] … start[p] + length[p] − 1 of document[p].
+
+    Pieces first[r] … first[r+1] − 1 make row r. A document counts its BOS and EOS as tokens.
+    """
+
+    document: np.ndarray  # [P]
+    start: np.ndarray  # [P]
+    length: np.ndarray  # [P]
+    first: np.ndarray  # [R+1]
+
+    def __len__(self) -> int:
+        return len(self.first) - 1
+
+
+class Loader:
+    """Batches of every stage of a run.
+
+    Args: the opened data, the run's stages and token budget, its seed, how to pack, and the data's own tokenizer.
+    Raises BadInput for a source that is not there, a split without text, or a tokenizer that did not write the data.
+    """
+
+    def __init__(
+        self,
+        data: Data,
+        stages: tuple[Stage, ...],
+        total_tokens: int,
+        seed: int,
+        data_config: DataConfig,
+        tokenizer: Tokenizer,
+    ) -> None:
+        if tokenizer.fingerprint != data.tokenizer_fingerprint:
+            raise BadInput(
+                f"{data.folder}: these shards were written by another tokenizer; prepare the data with yours"
+            )
+        if data_config.fim_rate and (missing := {FIM_BEGIN, FIM_HOLE, FIM_END} - tokenizer.special.keys()):
+            raise BadInput(f"data.fim_rate: the tokenizer has no token {min(missing)}; set data.fim_rate=0")
+        self.data, self.stages, self.total_tokens, self.seed = data, stages, total_tokens, seed
+        self.data_config, self.tokenizer = data_config, tokenizer
+        self._shards = data.select("train")
+        self._ends = np.cumsum([shard.entry.documents for shard in self._shards])  # document numbers by shard
+        for stage in stages:
+            for name in stage.mixture:
+                data.select("train", name)  # refuses a name that is not there, of weight 0 too
+            for source in _pools(stage):
+                if not data.counts("train", source).tokens:
+                    named = f" of source {source!r}" if source else ""
+                    raise BadInput(f"{data.folder}: no training text{named}")
+        self.rows = lru_cache(maxsize=None)(self._rows)  # one index per stage and source
+        self._turns = lru_cache(maxsize=None)(self._interleave)
+        self._order = lru_cache(maxsize=2 * len(data.sources) + 2)(self._permutation)
+        self._fim_tokens = lru_cache(maxsize=128)(self._fim_document)
+
+    def samples(self, stage: int) -> int:
+        """Rows the stage trains on: its share of the budget, in whole rows."""
+        share = math.floor(self.stages[stage].share * self.total_tokens + 1e-6)
+        return share // self.stages[stage].sequence_length
+
+    def epochs(self, stage: int, sample: int) -> dict[str, float]:
+        """How often each source, or all text as "", has been read after `sample` rows of the stage."""
+        pools = _pools(self.stages[stage])
+        if len(pools) == 1:
+            taken = [sample]
+        else:
+            source, _, quotas = self._turns(stage)
+            rounds, rest = divmod(sample, len(source))
+            taken = [rounds * quota + int((source[:rest] == i).sum()) for i, quota in enumerate(quotas)]
+        return {pool or "": n / len(self.rows(stage, pool)) for pool, n in zip(pools, taken, strict=True)}
+
+    def batch(self, stage: int, sample: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
+        """Rows sample … sample + count − 1 of a stage, or this rank's consecutive part of them: B ≈ count ÷ ranks.
+
+        The parts of all ranks in order are the batch of one; where `count` does not divide, some have a row more.
+        """
+        width = self.stages[stage].sequence_length
+        mine = range(sample + count * rank // ranks, sample + count * (rank + 1) // ranks)
+        ids = np.full((len(mine), width + 1), self.tokenizer.pad_id, np.int64)
+        targets = np.full((len(mine), width + 1), NO_TARGET, np.int64)
+        for i, number in enumerate(mine):
+            source, row = self._locate(stage, number)
+            rows, at = self.rows(stage, source), 0
+            for piece in range(rows.first[row], rows.first[row + 1]):
+                length = int(rows.length[piece])
+                tokens = self._tokens(stage, int(rows.document[piece]), int(rows.start[piece]), length)
+                ids[i, at : at + length] = tokens
+                targets[i, at + 1 : at + length] = tokens[1:]
+                at += length
+        return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(targets[:, 1:]))
+
+    # ── which row comes when ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _locate(self, stage: int, sample: int) -> tuple[str | None, int]:
+        """The source and row that sample of a stage is."""
+        pools = _pools(self.stages[stage])
+        if len(pools) == 1:
+            pool, turn = 0, sample
+        else:
+            source, before, quotas = self._turns(stage)
+            rounds, place = divmod(sample, len(source))
+            pool = int(source[place])
+            turn = rounds * quotas[pool] + int(before[place])
+        epoch, place = divmod(turn, len(self.rows(stage, pools[pool])))
+        return pools[pool], int(self._order(stage, pools[pool], epoch)[place])
+
+    def _permutation(self, stage: int, source: str | None, epoch: int) -> np.ndarray:
+        rows = len(self.rows(stage, source))
+        return _shuffled(rows, self.seed, ORDER, stage, self._pool_number(source), epoch)
+
+    def _interleave(self, stage: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        mixture = self.stages[stage].mixture
+        return interleave([mixture[source] for source in _pools(self.stages[stage]) if source], self.samples(stage))
+
+    def _pool_number(self, source: str | None) -> int:
+        return 0 if source is None else 1 + self.data.sources.index(source)
+
+    # ── which tokens a row has ────────────────────────────────────────────────────────────────────────────────────
+
+    def _rows(self, stage: int, source: str | None) -> Rows:
+        documents, lengths = self._lengths(stage, source)
+        capacity = self.stages[stage].sequence_length + 1
+        if self.data_config.packing == "concat":
+            order = _shuffled(len(documents), self.seed, DOCUMENT_ORDER, stage, self._pool_number(source))
+            return concat(documents[order], lengths[order], capacity)
+        return best_fit(documents, lengths, capacity)
+
+    def _lengths(self, stage: int, source: str | None) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers and lengths [D] of a source's documents, BOS and EOS included, after fill-in-the-middle."""
+        documents, lengths, first = [], [], 0
+        for shard in self._shards:
+            numbers = np.arange(first, first + shard.entry.documents)
+            first += shard.entry.documents
+            if source in (None, shard.entry.source):
+                documents.append(numbers)
+                lengths.append(np.diff(shard.starts) + 2)
+        numbers, sizes = np.concatenate(documents), np.concatenate(lengths)
+        for i in np.flatnonzero(self._has_fim(stage, numbers)):
+            sizes[i] = len(self._fim_document(stage, int(numbers[i])))
+        return numbers, sizes
+
+    def _tokens(self, stage: int, document: int, start: int, length: int) -> np.ndarray:
+        """Tokens start … start + length − 1 of BOS, document, EOS."""
+        if self._has_fim(stage, np.array([document]))[0]:
+            return self._fim_tokens(stage, document)[start : start + length]
+        ids = self._stored(document)
+        tokens = np.empty(length, np.int64)
+        inside = ids[max(start - 1, 0) : start - 1 + length]
+        at = 1 if start == 0 else 0
+        tokens[at : at + len(inside)] = inside
+        if start == 0:
+            tokens[0] = self.tokenizer.bos_id
+        if start + length == len(ids) + 2:
+            tokens[-1] = self.tokenizer.eos_id
+        return tokens
+
+    def _stored(self, document: int) -> np.ndarray:
+        place = int(np.searchsorted(self._ends, document, side="right"))
+        shard: Shard = self._shards[place]
+        i = document - (int(self._ends[place]) - shard.entry.documents)
+        return shard.ids[shard.starts[i] : shard.starts[i + 1]]
+
+    def _has_fim(self, stage: int, documents: np.ndarray) -> np.ndarray:
+        chance = mix(self.seed, FIM_CHOICE, stage, documents) >> np.uint64(11)  # 53 bits, as a float has
+        return chance < np.uint64(self.data_config.fim_rate * 2**53)
+
+    def _fim_document(self, stage: int, document: int) -> np.ndarray:
+        """BOS, then the document as prefix, suffix, middle: cut at two uniform places between characters."""
+        text = self.tokenizer.decode(self._stored(document).tolist())
+        first, second = sorted(int(n) for n in mix(self.seed, FIM_CUT, stage, document, np.arange(2)) % (len(text) + 1))
+        prefix, middle, suffix = self.tokenizer.encode_batch([text[:first], text[first:second], text[second:]])
+        begin, hole, end = (self.tokenizer.special[name] for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
+        parts = [self.tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, self.tokenizer.eos_id]
+        return np.array(parts, np.int64)
+
+
+# ── pure functions ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def best_fit(documents: np.ndarray, lengths: np.ndarray, capacity: int) -> Rows:
+    """Best-fit-decreasing: every piece, longest first, into the fullest row of `capacity` tokens that takes it.
+
+    Args: document numbers and lengths [D]. Longer documents are cut into pieces that overlap by one token.
+    """
+    pieces = -(-(lengths - 1) // (capacity - 1))  # per document; each but the last fills a row
+    document = np.repeat(documents, pieces)
+    ordinal = np.arange(len(document)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+    start = ordinal * (capacity - 1)
+    length = np.minimum(np.repeat(lengths, pieces) - start, capacity)
+
+    order = np.argsort(-length, kind="stable")
+    row_of = np.empty(len(order), np.int64)
+    whole = int((length == capacity).sum())
+    row_of[order[:whole]] = np.arange(whole)
+    rows = whole
+    spaces: list[int] = []  # the sizes of space that some row has left, ascending …
+    with_space: dict[int, list[int]] = {}  # … and those rows
+    for piece, size in zip(order[whole:].tolist(), length[order[whole:]].tolist(), strict=True):
+        at = bisect.bisect_left(spaces, size)
+        if at == len(spaces):
+            row, left = rows, capacity - size
+            rows += 1
+        else:
+            space = spaces[at]
+            row, left = with_space[space].pop(), space - size
+            if not with_space[space]:
+                del with_space[space], spaces[at]
+        row_of[piece] = row
+        if left > 1:  # every piece has two tokens at least
+            if left not in with_space:
+                with_space[left] = []
+                bisect.insort(spaces, left)
+            with_space[left].append(row)
+
+    by_row = order[np.argsort(row_of[order], kind="stable")]
+    first = np.concatenate([[0], np.cumsum(np.bincount(row_of, minlength=rows))])
+    return _compact(document[by_row], start[by_row], length[by_row], first)
+
+
+def concat(documents: np.ndarray, lengths: np.ndarray, capacity: int) -> Rows:
+    """One stream of all documents in the order given, cut every `capacity` − 1 tokens; rows overlap by one token."""
+    ends = np.cumsum(lengths)
+    begins, total, stride = ends - lengths, int(ends[-1]), capacity - 1
+    row_begins = np.arange(0, max(total - 1, 1), stride)
+    at = np.union1d(begins, row_begins)  # where pieces begin in the stream
+    document = np.searchsorted(begins, at, side="right") - 1
+    row = np.searchsorted(row_begins, at, side="right") - 1
+    # A row takes in the first token of the next one as its last target, unless that is a BOS: no target, left out.
+    length = np.minimum(ends[document], row_begins[row] + capacity) - at
+    first = np.concatenate([[0], np.cumsum(np.bincount(row, minlength=len(row_begins)))])
+    return _compact(documents[document], at - begins[document], length, first)
+
+
+def interleave(weights: list[float], samples: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """Turns [P] of sources by weight: after any number n of samples each has had less than one turn off weight · n.
+
+    The pattern repeats every P samples, where the weights, read as the decimal fractions they were written as, come out
+    even; P is `samples` at most. Whoever's next turn is due first takes it, among those whose turn has come.
+    Returns source [P], how many turns it had before in the pattern [P], and the turns of each source per pattern.
+    """
+    shares = [Fraction(str(weight)) for weight in weights]
+    shares = [share / sum(shares) for share in shares]
+    even = math.lcm(*(share.denominator for share in shares))
+    quotas = [int(share * even) for share in shares]
+    length = max(min(even, samples), 1)
+    source, before = np.empty(length, np.int16), np.empty(length, np.int64)
+    taken = [0] * len(quotas)
+    for n in range(length):
+        _, chosen = min(
+            (-(-(taken[i] + 1) * even // quota), i)
+            for i, quota in enumerate(quotas)
+            if quota and taken[i] * even < quota * (n + 1)
+        )
+        source[n], before[n] = chosen, taken[chosen]
+        taken[chosen] += 1
+    return source, before, taken
+
+
+def _pools(stage: Stage) -> list[str | None]:
+    """The sources a stage draws from by weight; [None] for all rows alike."""
+    return [source for source, weight in stage.mixture.items() if weight] or [None]
+
+
+def _shuffled(count: int, *words: int) -> np.ndarray:
+    """A permutation of `count` that the words decide."""
+    order = np.argsort(mix(*words, np.arange(count)), kind="stable")
+    return order.astype(np.uint32) if count < 1 << 32 else order
+
+
+def _compact(document: np.ndarray, start: np.ndarray, length: np.ndarray, first: np.ndarray) -> Rows:
+    def small(array: np.ndarray) -> np.ndarray:
+        return array.astype(np.int32) if not len(array) or array.max() < 1 << 31 else array
+
+    return Rows(small(document), small(start), small(length), small(first))

@@ -1,0 +1,594 @@
+"""Raw text to a DATA folder: read, clean, remove duplicates, split, learn a tokenizer, tokenise (report §4.1).
+
+The result depends on the texts and their order only, never on the number of workers.
+"""
+
+import gzip
+import importlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import zstandard
+from rich.console import Console
+from rich.progress import Progress, TaskID
+
+from leanseek.config import BadInput
+from leanseek.data.clean import (
+    WordHashes,
+    content_hash,
+    decode_utf8,
+    minhash,
+    near_duplicates,
+    repair_utf8,
+    too_damaged,
+)
+from leanseek.data.shards import ShardEntry, ShardWriter, write_manifest
+from leanseek.data.tokenizer import Tokenizer
+
+SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
+READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
+ALONE = 8 << 20  # bytes of input below which starting workers costs more than they save
+VALIDATION = 0.01  # share of the documents
+TOKENIZER_SAMPLE = 50_000_000  # bytes of training text that a tokenizer is learnt from
+SHARD_TOKENS = 100_000_000
+
+
+@dataclass
+class Report:
+    """What `prepare` did. `bad` and `first_bad` are by kind of record: how many, and where the first one is."""
+
+    bytes_in: int = 0  # of the inputs, unpacked
+    documents_in: int = 0  # records that hold a text
+    bad: dict[str, int] = field(default_factory=dict)
+    first_bad: dict[str, str] = field(default_factory=dict)
+    replaced_bytes: int = 0
+    exact_duplicates: int = 0
+    near_duplicates: int = 0
+    documents: dict[str, int] = field(default_factory=dict)  # kept, by split; so are the two below
+    bytes: dict[str, int] = field(default_factory=dict)
+    tokens: dict[str, int] = field(default_factory=dict)
+    vocab_size: int = 0
+    bytes_per_token: float = 0.0
+    tokenizer_sample_bytes: int = 0  # 0: the tokenizer was given
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+
+    def lines(self) -> list[str]:
+        """For people: a few plain lines."""
+        out = [f"read {self.documents_in:,} documents, {self.bytes_in / 1e6:,.1f} MB"]
+        out += [f"left out {n:,} records: {kind}; the first is {self.first_bad[kind]}" for kind, n in self.bad.items()]
+        if self.replaced_bytes:
+            out.append(f"replaced {self.replaced_bytes:,} bytes that are no UTF-8")
+        out.append(f"removed {self.exact_duplicates:,} exact and {self.near_duplicates:,} near duplicates")
+        if self.tokenizer_sample_bytes:
+            out.append(f"learnt the tokenizer from {self.tokenizer_sample_bytes / 1e6:,.1f} MB of the training text")
+        for split, documents in self.documents.items():
+            out.append(f"{split}: {documents:,} documents, {self.tokens[split]:,} tokens")
+        out.append(f"{self.vocab_size:,} ids, {self.bytes_per_token:.2f} bytes per token")
+        return [*out, f"{sum(self.seconds.values()):.1f} s"]
+
+
+def prepare(
+    inputs: list[str],
+    out: Path,
+    vocab_size: int = 4096,
+    tokenizer: Path | None = None,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Report:
+    """Write the DATA folder `out` from files, folders and `hf:` names, each optionally as NAME=INPUT.
+
+    A tokenizer of `vocab_size` ids is learnt from at most 50 MB of the training split, unless a folder with one is
+    given. With `progress` bars are drawn on stderr, without it a line per phase. Everything is written to a folder
+    beside it and renamed at the end: `out` is whole or absent. Raises BadInput.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: exists already; choose another --out or remove it")
+    sources = [_find(text) for text in inputs]  # every input is looked at before work begins
+    given = Tokenizer.load(tokenizer) if tokenizer else None
+    report = Report()
+    partial = out.absolute().with_name(f".{out.absolute().name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    (partial / "shards").mkdir(parents=True)
+    try:
+        with _Phases(report, progress) as phase, open(partial / "spool", "w+b") as spool:
+            phase("read")
+            documents = _read(sources, spool, report, _worker_count(sources, workers), phase)
+            phase("deduplicate")
+            documents = _deduplicate(documents, report)
+            in_validation = _validation(documents)
+            if given is None:
+                phase("tokenizer")
+                given = _learn(documents, in_validation, spool, vocab_size, report)
+            given.save(partial / "tokenizer")
+            phase("tokenise", int(documents.sizes.sum()))
+            entries = _tokenise(documents, in_validation, spool, given, partial / "shards", report, phase)
+        (partial / "spool").unlink()
+        write_manifest(partial, entries, given, asdict(report))
+        os.replace(partial, out.absolute())
+    except BrokenProcessPool:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise BadInput("a worker process was killed, out of memory perhaps; try again with fewer workers") from None
+    except BaseException:  # Ctrl-C and a full disk too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    return report
+
+
+# ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: its name in mixtures, and its files, or the name of a hub dataset."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    hub: str = ""
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one file for one worker. `rows`: a whole text file, lines of JSONL, or texts (anything, None too)."""
+
+    kind: str  # text, jsonl, rows
+    source: int
+    where: str
+    rows: list[Any]
+    first: int = 1  # number of the first row
+    offset: int = 0  # of the first row in the file, in bytes
+    folder: bool = False
+
+
+@dataclass
+class Cleaned:
+    """What a worker makes of a batch: texts as UTF-8, and what was wrong."""
+
+    batch: Batch
+    texts: list[bytes] = field(default_factory=list)
+    raw_sizes: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    signatures: list[np.ndarray] = field(default_factory=list)
+    bad: dict[str, list[str]] = field(default_factory=dict)
+    size: int = 0
+    start: bytes = b""  # the first two bytes, where a UTF-16 mark would be
+    replaced: int = 0
+    first_replaced: int = -1
+
+
+def _find(text: str) -> Source:
+    name, equals, rest = text.partition("=")
+    if not equals or not name or Path(text).exists():
+        name, rest = "", text
+    if rest.startswith("hf:"):
+        hub = rest.removeprefix("hf:")
+        return Source(name or hub.rpartition("/")[2], hub=hub)
+    path = Path(rest)
+    if path.is_dir():
+        files = tuple(
+            file
+            for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts)
+            if SUFFIX.search(file.name)
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not files:
+            raise BadInput(f"{path}: no .txt, .md, .py, .rst, .jsonl (.gz, .zst) or .parquet file in this folder")
+        return Source(name or path.resolve().name, files, folder=True)
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder")
+    if not SUFFIX.search(path.name):
+        raise BadInput(f"{path}: not a kind of file that is read: .txt, .md, .py, .rst, .jsonl (.gz, .zst), .parquet")
+    if path.stat().st_size == 0:
+        raise BadInput(f"{path}: the file is empty")
+    return Source(name or SUFFIX.sub("", path.name), (path,))
+
+
+def _batches(sources: list[Source]) -> Iterator[Batch]:
+    for number, source in enumerate(sources):
+        if source.hub:
+            yield from _hub_batches(number, source.hub)
+        for file in source.files:
+            suffix = SUFFIX.search(file.name)[1].lower()  # type: ignore[index]
+            if suffix == ".parquet":
+                yield from _parquet_batches(number, file)
+            elif suffix == ".jsonl":
+                yield from _line_batches(number, file)
+            else:
+                yield Batch("text", number, str(file), [b"".join(_chunks(file))], folder=source.folder)
+
+
+def _line_batches(source: int, file: Path) -> Iterator[Batch]:
+    first, offset, left = 1, 0, b""
+    for chunk in _chunks(file):
+        whole, newline, rest = chunk.rpartition(b"\n")
+        if not newline:
+            left += chunk
+            continue
+        rows = (left + whole).split(b"\n")
+        yield Batch("jsonl", source, str(file), rows, first, offset)
+        first, offset, left = first + len(rows), offset + len(left) + len(whole) + 1, rest
+    if left:
+        yield Batch("jsonl", source, str(file), [left], first, offset)
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    """The unpacked bytes of a file, about a megabyte at a time."""
+    try:
+        if file.name.lower().endswith(".zst"):
+            yield from _unpack_zstd(file)
+            return
+        packed = file.name.lower().endswith(".gz")
+        with gzip.open(file, "rb") if packed else open(file, "rb") as stream:
+            while chunk := stream.read(READ):
+                yield chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise BadInput(f"{file}: damaged or truncated archive ({error})") from None
+
+
+def _unpack_zstd(file: Path) -> Iterator[bytes]:
+    # Frame by frame by hand: the library's stream reader takes a truncated frame for the end of the file.
+    unpacker = None
+    with open(file, "rb") as stream:
+        while packed := stream.read(READ // 4):
+            while packed:
+                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+                yield unpacker.decompress(packed)
+                packed = unpacker.unused_data
+                if unpacker.eof:
+                    unpacker = None
+    if unpacker is not None:
+        raise EOFError("the last frame is not complete")
+
+
+def _parquet_batches(source: int, file: Path) -> Iterator[Batch]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install 'leanseek[data]'") from None
+    try:
+        table = parquet.ParquetFile(file)
+        if "text" not in table.schema_arrow.names:
+            raise BadInput(f"{file}: no column 'text', it has {', '.join(table.schema_arrow.names)}")
+        first = 1
+        for rows in table.iter_batches(batch_size=1024, columns=["text"]):
+            texts = rows.column(0).to_pylist()
+            yield Batch("rows", source, str(file), texts, first)
+            first += len(texts)
+    except ValueError as error:  # ArrowInvalid is one
+        raise BadInput(f"{file}: not a parquet file ({error})") from None
+
+
+def _hub_batches(source: int, name: str) -> Iterator[Batch]:
+    try:
+        hub = importlib.import_module("datasets")
+    except ImportError:
+        raise BadInput(f"hf:{name}: reading from the hub needs datasets: pip install datasets") from None
+    try:
+        rows = iter(hub.load_dataset(name, split="train", streaming=True))
+        first, texts = 1, []
+        for row in rows:
+            texts.append(row.get("text"))
+            if len(texts) == 256:
+                yield Batch("rows", source, f"hf:{name}", texts, first)
+                first, texts = first + len(texts), []
+        yield Batch("rows", source, f"hf:{name}", texts, first)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"hf:{name}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+# ── cleaning, in the workers ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def clean_batch(batch: Batch) -> Cleaned:
+    """Records to texts with hashes and signatures; a pure function. Raises BadInput for a named file in no UTF-8."""
+    done = Cleaned(batch)
+    hashes = WordHashes()
+    offset = batch.offset
+    for number, row in enumerate(batch.rows, batch.first):
+        where = f"{batch.where} line {number}" if batch.kind != "text" else batch.where
+        text, replaced = row, 0
+        if batch.kind == "text":
+            done.size += len(row)
+            try:
+                text, replaced = decode_utf8(row)
+            except BadInput as error:
+                if not batch.folder:
+                    raise BadInput(f"{batch.where}: {error}") from None
+                done.bad.setdefault("not UTF-8", []).append(f"{where} ({error})")
+                continue
+        elif batch.kind == "jsonl":
+            done.start = done.start or row[:2]
+            line, replaced, first = repair_utf8(row)
+            if replaced and done.first_replaced < 0:
+                done.first_replaced = offset + first
+            done.size += len(row) + 1
+            offset += len(row) + 1
+            if not line.strip():
+                continue
+            try:
+                parsed = json.loads(line)
+                text = parsed.get("text") if isinstance(parsed, dict) else None
+            except (ValueError, RecursionError):
+                done.replaced += replaced
+                done.bad.setdefault("not JSON", []).append(where)
+                continue
+        done.replaced += replaced
+        kind, encoded = _judge(text)
+        if kind:
+            done.bad.setdefault(kind, []).append(where)
+            continue
+        done.texts.append(encoded)
+        done.raw_sizes.append(len(encoded) - 2 * replaced)  # U+FFFD takes three bytes, what was given took one
+        done.hashes.append(content_hash(text))
+        done.signatures.append(minhash(text, hashes))
+        if batch.kind == "rows":
+            done.size += len(encoded)
+    done.batch = Batch(batch.kind, batch.source, batch.where, [], batch.first, batch.offset, batch.folder)
+    return done
+
+
+def _judge(text: Any) -> tuple[str, bytes]:
+    if not isinstance(text, str):
+        return 'no string "text"', b""
+    if not text.strip():
+        return "empty", b""
+    try:
+        return "", text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair", b""
+
+
+def _start_worker() -> None:
+    # Ctrl-C is the parent's to answer, and a worker whose parent was killed goes too.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _map_in_order(workers: int, items: Iterable[Batch]) -> Iterator[Cleaned]:
+    """Clean batches on `workers` processes, results in order, a few batches in flight."""
+    if workers == 1:
+        yield from map(clean_batch, items)
+        return
+    context = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    flying: deque[Future[Cleaned]] = deque()
+    try:
+        for item in items:
+            flying.append(pool.submit(clean_batch, item))
+            if len(flying) > 4 * workers:
+                yield flying.popleft().result()
+        while flying:
+            yield flying.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _worker_count(sources: list[Source], workers: int | None) -> int:
+    if workers is None:
+        size = sum(file.stat().st_size for source in sources for file in source.files)
+        small = size < ALONE and not any(source.hub for source in sources)
+        workers = 1 if small else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if workers is not None and workers < 1:
+        raise BadInput(f"workers must be at least 1, got {workers}")
+    return workers or 1
+
+
+# ── the phases ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts in the spool, in the order of the inputs: all arrays [D], hashes bytes, signatures [D, 112] uint32."""
+
+    starts: np.ndarray
+    sizes: np.ndarray
+    raw_sizes: np.ndarray
+    sources: np.ndarray  # number of the source's name in `names`
+    hashes: list[bytes]
+    signatures: np.ndarray
+    names: tuple[str, ...]
+
+    def text(self, spool: IO[bytes], i: int, most: int | None = None) -> str:
+        """Document i, or its first `most` bytes."""
+        spool.seek(self.starts[i])
+        size = int(self.sizes[i])
+        return spool.read(size if most is None else min(size, most)).decode(errors="ignore")
+
+    def select(self, keep: np.ndarray) -> "Documents":
+        return Documents(
+            self.starts[keep],
+            self.sizes[keep],
+            self.raw_sizes[keep],
+            self.sources[keep],
+            [self.hashes[i] for i in np.flatnonzero(keep)],
+            self.signatures[keep],
+            self.names,
+        )
+
+
+def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int, phase: "_Phases") -> Documents:
+    """All inputs into the spool, without exact duplicates."""
+    names = tuple(dict.fromkeys(source.name for source in sources))
+    sizes, raw_sizes, numbers, signatures = [], [], [], []
+    hashes: dict[bytes, None] = {}
+    damage = _Damage()
+    for done in _map_in_order(workers, _batches(sources)):
+        damage.add(done)
+        report.bytes_in += done.size
+        report.replaced_bytes += done.replaced
+        for kind, places in done.bad.items():
+            report.bad[kind] = report.bad.get(kind, 0) + len(places)
+            report.first_bad.setdefault(kind, places[0])
+        report.documents_in += len(done.texts)
+        for i, digest in enumerate(done.hashes):
+            if digest in hashes:
+                report.exact_duplicates += 1
+                continue
+            hashes[digest] = None
+            spool.write(done.texts[i])
+            sizes.append(len(done.texts[i]))
+            raw_sizes.append(done.raw_sizes[i])
+            numbers.append(names.index(sources[done.batch.source].name))
+            signatures.append(done.signatures[i])
+        phase.advance(done.size)
+    damage.check()
+    if not hashes:
+        why = "; ".join(f"{n} {kind}, first {report.first_bad[kind]}" for kind, n in report.bad.items())
+        raise BadInput(f"the input holds no document ({why or 'nothing to read'})")
+    ends = np.cumsum(sizes)
+    return Documents(
+        ends - sizes, np.array(sizes), np.array(raw_sizes), np.array(numbers), list(hashes), np.stack(signatures), names
+    )
+
+
+@dataclass
+class _Damage:
+    """Undecodable bytes of the JSONL file being read; a file is judged as a whole, when it ends."""
+
+    where: str = ""
+    start: bytes = b""
+    size: int = 0
+    replaced: int = 0
+    first: int = -1
+
+    def add(self, done: Cleaned) -> None:
+        if done.batch.first == 1:
+            self.check()
+            self.where, self.start, self.size, self.replaced, self.first = done.batch.where, done.start, 0, 0, -1
+        if done.batch.kind == "jsonl":
+            self.size += done.size
+            self.first = done.first_replaced if self.first < 0 else self.first
+            self.replaced += done.replaced
+
+    def check(self) -> None:
+        if too_damaged(self.start, self.size, self.replaced):
+            raise BadInput(
+                f"{self.where}: not UTF-8: byte {self.first} is the first of {self.replaced} that cannot be decoded; "
+                "convert it first"
+            )
+
+
+def _deduplicate(documents: Documents, report: Report) -> Documents:
+    keep = near_duplicates(documents.signatures)
+    report.near_duplicates = int((~keep).sum())
+    return documents.select(keep)
+
+
+def _validation(documents: Documents) -> np.ndarray:
+    """Which documents are held out [D] bool: by their content alone, about 1% of them, one at least of two or more.
+
+    Duplicates are gone by now, so none of a held-out document is left in training.
+    """
+    numbers = np.array([int.from_bytes(digest[:8], "big") for digest in documents.hashes], np.uint64)
+    chosen = numbers < np.uint64(VALIDATION * 2**64)
+    if len(numbers) > 1 and (not chosen.any() or chosen.all()):
+        chosen = numbers == numbers.min()
+    return chosen & (len(numbers) > 1)
+
+
+def _learn(
+    documents: Documents, in_validation: np.ndarray, spool: IO[bytes], vocab_size: int, report: Report
+) -> Tokenizer:
+    """A tokenizer from the training split, or from 50 MB of it chosen by content hash."""
+    by_hash = sorted(np.flatnonzero(~in_validation).tolist(), key=lambda i: documents.hashes[i])
+    ends = np.cumsum(documents.sizes[by_hash])
+    within = int(np.searchsorted(ends, TOKENIZER_SAMPLE, side="right"))
+    chosen = sorted(by_hash[: max(within, 1)])
+    report.tokenizer_sample_bytes = min(int(documents.sizes[chosen].sum()), TOKENIZER_SAMPLE)
+    return Tokenizer.train((documents.text(spool, i, TOKENIZER_SAMPLE) for i in chosen), vocab_size)
+
+
+def _tokenise(
+    documents: Documents,
+    in_validation: np.ndarray,
+    spool: IO[bytes],
+    tokenizer: Tokenizer,
+    folder: Path,
+    report: Report,
+    phase: "_Phases",
+) -> list[ShardEntry]:
+    entries: list[ShardEntry] = []
+    for split, members in (("train", ~in_validation), ("validation", in_validation)):
+        for number, name in enumerate(documents.names):
+            chosen = np.flatnonzero(members & (documents.sources == number))
+            with ShardWriter(folder, split, name, number, tokenizer.vocab_size, SHARD_TOKENS) as writer:
+                # Batches of about four megabytes keep all processors busy and little in memory.
+                for _, group in groupby(chosen.tolist(), key=lambda i: documents.starts[i] // (4 * READ)):
+                    batch = list(group)
+                    encoded = tokenizer.encode_batch([documents.text(spool, i) for i in batch])
+                    for i, ids in zip(batch, encoded, strict=True):
+                        writer.add(ids, int(documents.raw_sizes[i]))
+                    phase.advance(int(documents.sizes[batch].sum()))
+            entries += writer.entries
+        of_split = [entry for entry in entries if entry.split == split]
+        report.documents[split] = sum(entry.documents for entry in of_split)
+        report.bytes[split] = sum(entry.bytes for entry in of_split)
+        report.tokens[split] = sum(entry.tokens for entry in of_split)
+    report.vocab_size = tokenizer.vocab_size
+    report.bytes_per_token = sum(report.bytes.values()) / sum(report.tokens.values())
+    return entries
+
+
+class _Phases:
+    """One phase after the other, timed into the report, shown as bars or as plain lines on stderr."""
+
+    def __init__(self, report: Report, bars: bool) -> None:
+        self.report, self.name, self.began = report, "", 0.0
+        self.bars = Progress(*Progress.get_default_columns(), console=Console(stderr=True)) if bars else None
+        self.task = TaskID(0)
+
+    def __call__(self, name: str, total: int | None = None) -> None:
+        self.end()
+        self.name, self.began = name, time.perf_counter()
+        if self.bars:
+            self.task = self.bars.add_task(name, total=total)
+
+    def advance(self, amount: int) -> None:
+        if self.bars:
+            self.bars.advance(self.task, amount)
+
+    def end(self) -> None:
+        if not self.name:
+            return
+        seconds = self.report.seconds[self.name] = round(time.perf_counter() - self.began, 2)
+        if self.bars:
+            self.bars.update(self.task, total=1, completed=1)
+        else:
+            print(f"{self.name}: {seconds:.1f} s", file=sys.stderr)
+
+    def __enter__(self) -> Self:
+        if self.bars:
+            self.bars.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.end()
+        if self.bars:
+            self.bars.stop()

@@ -1,0 +1,121 @@
+"""The whole chain as one function to read: text, tokenizer, shards, training, evaluation, samples, the bill, a chat."""
+
+import ast
+import json
+import sys
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from leanseek import checkpoint, load
+from leanseek.config import Config, read_recipe
+from leanseek.data.loader import Loader
+from leanseek.data.prepare import prepare
+from leanseek.data.shards import open_data
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.eval.harness import evaluate
+from leanseek.model.transformer import Transformer
+from leanseek.serve.chat import chat
+from leanseek.serve.sampling import Sampling
+from leanseek.train.optim import build_optimizers
+from leanseek.train.pretrain import pretrain
+from leanseek.train.receipt import printed
+from leanseek.train.schedule import knobs
+from leanseek.train.step import train_step
+
+PROMPTS = ("def ", '"""Return the ', "This module ")
+TRAINING_SHARE = 0.8  # of the minutes; the rest is validation, checkpoints and samples
+LEAST_DOCSTRING = 200  # characters
+
+
+def demo(minutes: float, text: str | None, run: Path) -> None:
+    """Runs the chain and prints what happens; the same call again takes up where it stopped."""
+    data = run.with_name(run.name + "-data")
+    if not (data / "manifest.json").exists():
+        _say("1  text → tokenizer → shards")
+        inputs = [text] if text is not None else text_at_hand(run.with_name(run.name + "-text"))
+        for line in prepare(inputs, data, progress=sys.stderr.isatty()).lines():
+            print(f"   {line}")
+
+    _say("2  training: MLA, mixture of experts with loss-free balancing, multi-token prediction")
+    config = checkpoint.read_run(run) if (run / "config.toml").exists() else budgeted(minutes, data)
+    receipt = pretrain(config, data, run)
+    if receipt["ended"] != "complete":
+        print(f"stopped at step {receipt['steps']}; the same command goes on from there")
+        return
+
+    _say("3  evaluation")
+    result = evaluate(run, ["bpb"])["bpb"]
+    print(f"   {result['bpb']:.4f} bits per byte on {result['bytes']:,} bytes it has not seen")
+
+    _say("4  samples, unedited")
+    llm = load(run)
+    for seed, prompt in enumerate(PROMPTS):
+        completion = llm.generate(prompt, max_tokens=80, sampling=Sampling(temperature=0.7), seed=seed)
+        print(f"{prompt}{completion.text}\n   …{completion.tokens_per_second:,.0f} tokens/s\n")
+
+    _say("5  the bill")
+    print(printed(receipt))
+    print(f"\n  curves           {run / 'loss.png'}\n  talk to it       leanseek chat {run}")
+    if sys.stdin.isatty():
+        chat(run, None, 200, Sampling(temperature=0.7), seed=0)
+
+
+def budgeted(minutes: float, data: Path) -> Config:
+    """The nano recipe with the tokens that this machine can train in the given minutes, by three steps' measure."""
+    config = read_recipe("nano")
+    opened = open_data(data)
+    tokenizer = Tokenizer.load(opened.tokenizer_folder)
+    loader = Loader(opened, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
+    model = Transformer(config.model)
+    model.initialise(config.train.init_std, torch.Generator().manual_seed(0))
+    optimizers = build_optimizers(model, config.optimizer)
+    now = knobs(config.schedule, 0, config.train.tokens)
+    batch = loader.batch(0, 0, now.batch_tokens // config.stages[0].sequence_length)
+    ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
+    seconds = []
+    for _ in range(3):  # the first one also warms up
+        begun = time.perf_counter()
+        train_step(model, optimizers, ids, targets, now, config)
+        seconds.append(time.perf_counter() - begun)
+    steps = max(round(TRAINING_SHARE * 60 * minutes / min(seconds)), 1)
+    train = config.train.model_copy(update={"tokens": steps * ids.numel()})
+    return config.model_copy(update={"train": train})
+
+
+def text_at_hand(folder: Path) -> list[str]:
+    """Text that every machine with Python has: the standard library's sources, and their docstrings as prose."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "code.jsonl").open("w") as code, (folder / "prose.jsonl").open("w") as prose:
+        for source in _standard_library():
+            code.write(json.dumps({"text": source}) + "\n")
+            for docstring in _docstrings(source):
+                prose.write(json.dumps({"text": docstring}) + "\n")
+    return [f"code={folder / 'code.jsonl'}", f"prose={folder / 'prose.jsonl'}"]
+
+
+def _standard_library() -> Iterator[str]:
+    apart = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        if not apart & set(path.relative_to(root).parts):
+            yield path.read_text(encoding="utf-8", errors="replace")
+
+
+def _docstrings(source: str) -> Iterator[str]:
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError):
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) >= LEAST_DOCSTRING:
+                yield docstring
+
+
+def _say(title: str) -> None:
+    print(f"\n── {title}", flush=True)

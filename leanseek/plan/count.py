@@ -1,0 +1,149 @@
+"""Parameters, FLOPs, bytes and the reference price, from a configuration alone (report §1, §2.1, §4.2, table 1).
+
+One formula per fact: the log's share of peak, the receipt, the planner and the documentation all call these. No torch.
+"""
+
+from dataclasses import dataclass
+
+from leanseek.config import ModelConfig
+
+# What DeepSeek-V3's own pre-training says of an H800: 36.6B activated parameters (embedding lookup not counted), 14.8T
+# tokens (report §4), 2664K GPU hours at 2 USD (report table 1). Attention scores are not in this rate, as is usual for
+# the 6·N·D rule: about 3.4e14 FLOP/s, 34% of the BF16 peak.
+V3_ACTIVATED = 36.6e9
+V3_TOKENS = 14.8e12
+V3_H800_HOURS = 2664e3
+H800_FLOPS_PER_SECOND = 6 * V3_ACTIVATED * V3_TOKENS / (V3_H800_HOURS * 3600)
+H800_USD_PER_HOUR = 2.0
+
+BYTES_PER_TRAINED_PARAMETER = 16  # weight, gradient and two moments, each FP32
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many parameters each part has, over all layers of the main model; `mtp` stands apart from the total."""
+
+    embedding: int
+    head: int
+    attention: int  # projections of MLA
+    dense_ffn: int  # the first `first_k_dense_replace` layers
+    routed_experts: int
+    shared_experts: int
+    router: int  # gate weights and, with noaux_tc, e_score_correction_bias
+    norms: int  # every RMSNorm, those on the latents included
+    mtp: int  # what the MTP modules own; embedding and head are the main model's
+    idle_experts: int  # of `routed_experts`, those a token does not visit
+    mtp_idle_experts: int
+
+    @property
+    def total(self) -> int:
+        """The main model without MTP: 671,026,419,200 for V3."""
+        ffn = self.dense_ffn + self.routed_experts + self.shared_experts + self.router
+        return self.embedding + self.head + self.attention + ffn + self.norms
+
+    @property
+    def total_with_mtp(self) -> int:
+        return self.total + self.mtp
+
+    @property
+    def activated(self) -> int:
+        """Parameters one token meets in the main model, embedding and head counted: 37.55B for V3."""
+        return self.total - self.idle_experts
+
+    @property
+    def activated_without_embedding(self) -> int:
+        """The same without the embedding, which is only looked up: 36.63B for V3."""
+        return self.activated - self.embedding
+
+
+def parameters(config: ModelConfig) -> Parameters:
+    """Every parameter of the model that `config` describes, by part."""
+    d, layers, depths = config.hidden_size, config.num_hidden_layers, config.num_nextn_predict_layers
+    moe_layers = sum(config.is_moe(layer) for layer in range(layers))
+    expert = 3 * d * config.moe_intermediate_size
+    routed = config.n_routed_experts * expert
+    idle = (config.n_routed_experts - config.num_experts_per_tok) * expert
+    shared = config.n_shared_experts * expert
+    router = _gate(config) + (config.n_routed_experts if config.topk_method == "noaux_tc" else 0)
+    norms = 2 * d + (config.q_lora_rank or 0) + config.kv_lora_rank
+    mtp = 2 * d + _eh_proj(config) + _attention(config) + routed + shared + router + norms + d
+    return Parameters(
+        embedding=config.vocab_size * d,
+        head=config.vocab_size * d,
+        attention=layers * _attention(config),
+        dense_ffn=(layers - moe_layers) * 3 * d * config.intermediate_size,
+        routed_experts=moe_layers * routed,
+        shared_experts=moe_layers * shared,
+        router=moe_layers * router,
+        norms=layers * norms + d,
+        mtp=depths * mtp,
+        idle_experts=moe_layers * idle,
+        mtp_idle_experts=depths * idle,
+    )
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int, mtp: bool = True) -> float:
+    """Model FLOPs of one forward pass, per token of a full causal window of `sequence_length` tokens.
+
+    A multiplication and an addition for every weight of every matrix that a token meets: attention, FFN, visited
+    experts, gate, head and, with `mtp`, the MTP blocks with their `eh_proj` and one more pass of the head each. Then
+    scores and values in the direct form of MLA, over the keys that the causal mask leaves, (T + 1) / 2 on average: the
+    masked half is not counted. Not counted either: the embedding lookup, norms, RoPE, softmax, activations, anything
+    recomputed. MTP is counted at every position, though its last ones have no target.
+    """
+    count = parameters(config)
+    depths = config.num_nextn_predict_layers if mtp else 0
+    bias = config.n_routed_experts if config.topk_method == "noaux_tc" else 0
+    moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
+    weights = count.activated_without_embedding - count.norms - moe_layers * bias
+    block = (
+        _attention(config)
+        + _gate(config)
+        + 3 * config.hidden_size * config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
+    )
+    weights += depths * (_eh_proj(config) + block + count.head)
+    keys = (sequence_length + 1) / 2
+    mixing = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * keys
+    return 2.0 * (weights + (config.num_hidden_layers + depths) * mixing)
+
+
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
+    """Model FLOPs per token: training is forward and backward (twice the forward) with MTP, else forward without."""
+    if training:
+        return 3.0 * forward_flops_per_token(config, sequence_length)
+    return forward_flops_per_token(config, sequence_length, mtp=False)
+
+
+def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, mtp: bool = False) -> int:
+    """Bytes of a cached token: the latent and the rotated key of each layer (V3 in BF16: 70,272, with MTP 71,424)."""
+    layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
+    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
+
+
+def training_bytes(config: ModelConfig) -> int:
+    """Bytes of weights, gradients and AdamW's two moments in FP32, MTP included; activations come on top."""
+    return BYTES_PER_TRAINED_PARAMETER * parameters(config).total_with_mtp
+
+
+def h800_cost(flops: float) -> tuple[float, float]:
+    """Hours and US dollars that `flops` model FLOPs take on one H800 at the rate and price of V3's own pre-training."""
+    hours = flops / H800_FLOPS_PER_SECOND / 3600
+    return hours, hours * H800_USD_PER_HOUR
+
+
+def _attention(config: ModelConfig) -> int:
+    """Weights of one layer's MLA projections; without `q_lora_rank` the query has a single `q_proj`."""
+    d, heads = config.hidden_size, config.num_attention_heads
+    q_out = heads * config.qk_head_dim
+    q = d * config.q_lora_rank + config.q_lora_rank * q_out if config.q_lora_rank else d * q_out
+    kv_a = d * (config.kv_lora_rank + config.qk_rope_head_dim)
+    kv_b = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return q + kv_a + kv_b + heads * config.v_head_dim * d
+
+
+def _gate(config: ModelConfig) -> int:
+    return config.n_routed_experts * config.hidden_size
+
+
+def _eh_proj(config: ModelConfig) -> int:
+    return config.hidden_size * 2 * config.hidden_size

@@ -1,0 +1,56 @@
+"""The bill of a run: what it took, what it cost here, and what the same FLOPs would cost where V3 was trained."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from leanseek.config import Config
+from leanseek.plan.count import h800_cost, parameters
+from leanseek.train.loop import Ending, Progress
+
+
+def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending) -> dict[str, Any]:
+    """Writes `receipt.json`; lost and skipped work is in flops, seconds and cost, not in tokens."""
+    counted = parameters(config.model)
+    hours = progress.seconds / 3600  # one device
+    h800_hours, h800_usd = h800_cost(progress.flops)
+    receipt = {
+        "tokens": progress.tokens,
+        "params_total": counted.total_with_mtp,
+        "params_activated": counted.activated,
+        "flops": progress.flops,
+        "seconds": progress.seconds,
+        "cpu_seconds": progress.cpu_seconds,
+        "device_hours": hours,
+        "cost_usd": hours * config.cost.usd_per_device_hour,
+        "bpb": progress.bpb,
+        "device": config.cost.device,
+        "usd_per_device_hour": config.cost.usd_per_device_hour,
+        "h800_hours": h800_hours,
+        "h800_usd": h800_usd,
+        "steps": progress.step,
+        "skipped_steps": progress.skipped_steps,
+        "ended": ending,
+    }
+    (run / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+    return receipt
+
+
+def printed(receipt: dict[str, Any]) -> str:
+    """The receipt as lines for people."""
+    r = receipt
+    rows = [
+        ("tokens", f"{r['tokens']:,}"),
+        ("parameters", f"{r['params_total']:,} ({r['params_activated']:,} activated per token)"),
+        ("compute", f"{r['flops']:.3g} FLOPs"),
+        ("time", f"{r['seconds'] / 60:.1f} minutes, {r['cpu_seconds'] / 60:.1f} CPU-minutes"),
+        ("cost", f"${r['cost_usd']:.4f} on {r['device']} at ${r['usd_per_device_hour']:g} per hour"),
+        (
+            "same on an H800",
+            f"{r['h800_hours'] * 3600:.3g} seconds, ${r['h800_usd']:.3g} at V3's own rate and $2 per hour",
+        ),
+        ("validation", "none" if r["bpb"] is None else f"{r['bpb']:.4f} bits per byte"),
+    ]
+    if r["skipped_steps"]:
+        rows.append(("skipped", f"{r['skipped_steps']} non-finite steps"))
+    return "\n".join(f"  {name:<16} {value}" for name, value in rows)

@@ -1,0 +1,92 @@
+"""One optimizer step (report §2, §4.2): losses, gradients, clipping, update, and the bias update after it.
+
+Every loss is a sum divided once by its count over the whole global batch, so that accumulation over micro-batches
+changes nothing. B sequences in the batch · b in a micro-batch · T tokens in a sequence.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from leanseek.config import Config
+from leanseek.model.moe import max_violation, updated_bias
+from leanseek.model.transformer import Transformer
+from leanseek.ops.loss import IGNORE, linear_cross_entropy
+from leanseek.train.optim import qk_clip, set_learning_rate
+from leanseek.train.schedule import Knobs
+
+
+@dataclass(frozen=True)
+class StepResult:
+    loss: float  # nats per token of the main model
+    mtp_loss: float  # nats per token, mean over the depths
+    balance_loss: float
+    grad_norm: float  # before clipping
+    max_violation: float  # of the least balanced layer
+    finite: bool  # a step with a non-finite loss or gradient leaves the model as it was
+
+
+def train_step(
+    model: Transformer, optimizers: list[Optimizer], ids: Tensor, targets: Tensor, knobs: Knobs, config: Config
+) -> StepResult:
+    """ids and targets [B, T] of the whole batch; updates the model in place unless a value is not finite."""
+    model.train()
+    routers = model.routers().values()
+    depths = len(model.mtp)
+    counts = [int((targets[:, k:] != IGNORE).sum()) for k in range(depths + 1)]  # valid targets of each depth
+    for router in routers:
+        router.balance_weight.fill_(config.train.balance_loss_alpha / ids.shape[0])
+    sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
+    for some_ids, some_targets in zip(
+        ids.split(config.train.micro_batch), targets.split(config.train.micro_batch), strict=True
+    ):
+        losses = loss_sums(model, some_ids, some_targets)
+        sums += torch.stack(losses).detach()
+        means = [loss / count for loss, count in zip(losses, counts, strict=True)]
+        (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
+    parameters = [p for p in model.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    loss, *further = (sums.cpu() / torch.tensor(counts)).tolist()
+    finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
+    if finite:
+        torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
+        set_learning_rate(optimizers, knobs.learning_rate)
+        for optimizer in optimizers:
+            optimizer.step()
+        for router in routers:
+            if router.e_score_correction_bias is not None:
+                bias = updated_bias(
+                    router.e_score_correction_bias, router.load, knobs.bias_speed, config.train.bias_centred
+                )
+                router.e_score_correction_bias.copy_(bias)
+        if config.optimizer.qk_clip is not None:
+            qk_clip(model, config.optimizer.qk_clip)
+    result = StepResult(
+        loss=loss,
+        mtp_loss=sum(further) / max(depths, 1),
+        balance_loss=sum(router.balance_loss.item() for router in routers),
+        grad_norm=norm.item(),
+        max_violation=max((max_violation(router.load) for router in routers), default=0.0),
+        finite=finite,
+    )
+    for router in routers:
+        router.load.zero_()
+        router.balance_loss.zero_()
+    for optimizer in optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return result
+
+
+def loss_sums(model: Transformer, ids: Tensor, targets: Tensor) -> list[Tensor]:
+    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; ids, targets [b, T]."""
+    assert model.lm_head is not None
+    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    hidden = model(ids, positions)
+    states = [hidden, *model.predict_further(hidden, ids, positions)]
+    return [
+        linear_cross_entropy(state.flatten(0, 1), model.lm_head.weight, targets[:, k:].flatten())
+        for k, state in enumerate(states)
+    ]
