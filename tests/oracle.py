@@ -1,12 +1,13 @@
 """The same model twice: ours and transformers' own, with the same weights, and how far apart they are.
 
-Weights at initialisation scale prove nothing: attention is flat and logits are near zero, so that almost any fault stays
-below the tolerance. Everything here has activations of unit scale, attention that chooses, and norms that differ.
+Weights at initialisation scale prove nothing: attention is flat and logits are near zero, so that almost any fault
+stays below the tolerance. Everything here has activations of unit scale, attention that chooses, and norms that differ.
 """
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +69,7 @@ def fill(model: nn.Module, seed: int = 0) -> None:
                 normal(module.weight, gain * module.weight.shape[1] ** -0.5)
 
 
-def ours(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Transformer:
+def ours(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     """Our model in training mode; with dtype FP64 the weights too."""
     model = Transformer(config, dtype)
     if dtype == torch.float64:
@@ -77,7 +78,7 @@ def ours(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32)
     return model
 
 
-def theirs(config: ModelConfig) -> nn.Module:
+def theirs(config: ModelConfig) -> Any:
     """transformers' model of the same shape: plain attention, and experts as a loop."""
     names = set(ModelConfig.model_fields) - {"model_type", "verbatim", "rope_theta", "rope_scaling", "moe_layer_freq"}
     values = {name: getattr(config, name) for name in names - {"scoring_func", "topk_method", "hidden_act"}}
@@ -85,13 +86,16 @@ def theirs(config: ModelConfig) -> nn.Module:
     if config.rope_scaling is not None:
         rope |= config.rope_scaling.model_dump() | {"rope_type": "yarn"}
         del rope["type"]
+    released: Any
+    kind: Any
     if config.model_type == "deepseek_v3":
-        released = DeepseekV3Config(**values, rope_parameters=rope)
+        released, kind = DeepseekV3Config(**values, rope_parameters=rope), DeepseekV3ForCausalLM
     else:
         released = DeepseekV2Config(**values, rope_parameters=rope, topk_method=config.topk_method)
+        kind = DeepseekV2ForCausalLM
     released._attn_implementation = "eager"
     released._experts_implementation = "eager"
-    return (DeepseekV3ForCausalLM if config.model_type == "deepseek_v3" else DeepseekV2ForCausalLM)(released)
+    return kind(released)
 
 
 def their_name(name: str) -> str:
@@ -99,7 +103,7 @@ def their_name(name: str) -> str:
     return name if name.startswith("lm_head.") else f"model.{name}"
 
 
-def same_weights(model: Transformer) -> nn.Module:
+def same_weights(model: Transformer) -> Any:
     """transformers' model with the weights of ours, every one of them."""
     oracle = theirs(model.config)
     main = {their_name(name): tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
@@ -117,7 +121,7 @@ def their_mtp_name(name: str, layers: int) -> str:
     return f"layers.{int(index) - layers}.{rest}"
 
 
-def same_mtp(model: Transformer, oracle: nn.Module) -> MtpModel:
+def same_mtp(model: Transformer, oracle: Any) -> Any:
     """transformers' MTP modules with the weights of ours, embedding and head being those of `oracle`."""
     modules = MtpModel(oracle, model.config.num_nextn_predict_layers)
     further = {
@@ -143,7 +147,7 @@ def distance(a: Tensor, b: Tensor) -> float:
     return ((a - b).abs().max() / b.abs().max()).item()
 
 
-def differences(model: Transformer, oracle: nn.Module, ids: Tensor, positions: Tensor) -> dict[str, float]:
+def differences(model: Any, oracle: Any, ids: Tensor, positions: Tensor) -> dict[str, float]:
     """By name, how far logits and the gradient of every parameter are apart, relative to their scale."""
     with chosen_scores(oracle) as chosen:
         out = oracle(input_ids=ids, position_ids=positions, use_cache=False, output_attentions=True)
@@ -169,11 +173,11 @@ def differences(model: Transformer, oracle: nn.Module, ids: Tensor, positions: T
 
 
 @contextmanager
-def chosen_scores(oracle: nn.Module) -> Iterator[list[Tensor]]:
+def chosen_scores(oracle: Any) -> Iterator[list[Tensor]]:
     """Collects the biased scores of the experts that transformers' V3 routers choose."""
     chosen: list[Tensor] = []
 
-    def watch(router: nn.Module, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
+    def watch(router: Any, args: object, output: tuple[Tensor, Tensor, Tensor]) -> None:
         logits, _, experts = output
         chosen.append((logits.sigmoid() + router.e_score_correction_bias).gather(1, experts).detach())
 

@@ -217,6 +217,19 @@ def test_a_validation_document_whenever_there_are_two(tmp_path: Path, count: int
     assert report.documents == {"train": max(count - 1, 1), "validation": min(count - 1, 1)}
 
 
+def test_a_single_document_validates_with_its_end(tmp_path: Path) -> None:
+    book = tmp_path / "book.txt"
+    lines = [f"Line {n} says that {n * n} is the square of {n}, naïvely.\n" for n in range(200)]
+    book.write_text("".join(lines))
+    report = prepare([str(book)], tmp_path / "D", 300)
+    data = open_data(tmp_path / "D")
+    (train,), (validation,) = texts_of(data, "train"), texts_of(data, "validation")
+    assert train + validation == book.read_text()
+    assert train.endswith("\n")
+    assert 0.04 < len(validation) / len(book.read_text()) < 0.07
+    assert sum(report.bytes.values()) == book.stat().st_size
+
+
 def test_duplicates_are_counted_and_removed(tmp_path: Path) -> None:
     first, second, third = stories(11, 3, longest=60)
     near = second.replace("The", "the") + " Amen."  # case does not count, one word of many does little

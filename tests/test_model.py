@@ -1,15 +1,15 @@
 """The model against transformers' own, against a slow twin written from the report's equations, and against itself."""
 
+import itertools
 import math
 from collections.abc import Callable
+from typing import Any, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import differences, distance, fill, ours, same_mtp, same_weights, sample, their_mtp_name, their_name, tiny
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from twin import slow_losses, slow_states
 
 from leanseek.config import ModelConfig, RopeScaling, read_recipe, recipe_names
 from leanseek.model import mla, moe, rope
@@ -23,6 +23,19 @@ from leanseek.ops.experts import grouped_linear_reference
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
 from leanseek.ops.routing import route
 from leanseek.plan.count import flops_per_token, forward_flops_per_token, parameters
+from tests.oracle import (
+    differences,
+    distance,
+    fill,
+    ours,
+    same_mtp,
+    same_weights,
+    sample,
+    their_mtp_name,
+    their_name,
+    tiny,
+)
+from tests.twin import slow_losses, slow_states
 
 TOLERANCE = 2e-5  # FP32 rounding leaves 1e-6 to 4e-6 here
 
@@ -113,6 +126,7 @@ def router_that_weighs(weigh: Weigh) -> Callable[[Router, Tensor], tuple[Tensor,
 
 
 def biased_weights(router: Router, scores: Tensor, experts: Tensor) -> Tensor:
+    assert router.e_score_correction_bias is not None
     weights = (scores + router.e_score_correction_bias).gather(1, experts)
     return weights / weights.sum(dim=-1, keepdim=True) * router.config.routed_scaling_factor
 
@@ -177,27 +191,27 @@ def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     assert differences(ours(GROUPED), oracle, *sample(GROUPED))["logits"] > 100 * TOLERANCE
 
 
-def no_kv_norm(block: nn.Module) -> None:
+def no_kv_norm(block: Any) -> None:
     block.self_attn.kv_a_layernorm = nn.Identity()
 
 
-def no_q_norm(block: nn.Module) -> None:
+def no_q_norm(block: Any) -> None:
     block.self_attn.q_a_layernorm = nn.Identity()
 
 
-def no_bias(block: nn.Module) -> None:
+def no_bias(block: Any) -> None:
     block.mlp.gate.e_score_correction_bias.zero_()
 
 
-def no_shared_expert(block: nn.Module) -> None:
+def no_shared_expert(block: Any) -> None:
     block.mlp.shared_experts = None
 
 
-def up_before_gate(block: nn.Module) -> None:
+def up_before_gate(block: Any) -> None:
     block.mlp.experts.gate_up_proj.copy_(torch.cat(block.mlp.experts.gate_up_proj.chunk(2, dim=1)[::-1], dim=1))
 
 
-def value_before_key(block: nn.Module) -> None:
+def value_before_key(block: Any) -> None:
     heads = block.self_attn.kv_b_proj.weight.unflatten(0, (GROUPED.num_attention_heads, -1))
     block.self_attn.kv_b_proj.weight.copy_(heads.roll(GROUPED.v_head_dim, dims=1).flatten(0, 1))
 
@@ -207,7 +221,7 @@ def value_before_key(block: nn.Module) -> None:
     [no_kv_norm, no_q_norm, no_bias, no_shared_expert, up_before_gate, value_before_key],
     ids=lambda f: f.__name__,
 )
-def test_faults_in_one_layer_are_seen(fault: Callable[[nn.Module], None]) -> None:
+def test_faults_in_one_layer_are_seen(fault: Callable[[Any], None]) -> None:
     model = ours(GROUPED)
     oracle = same_weights(model)
     with torch.no_grad():
@@ -232,7 +246,7 @@ def with_mtp(depths: int, **changes: object) -> ModelConfig:
     return tiny(num_nextn_predict_layers=depths, n_group=4, topk_group=2, first_k_dense_replace=1, **changes)
 
 
-def our_losses(model: Transformer, ids: Tensor, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+def our_losses(model: Any, ids: Tensor, positions: Tensor) -> tuple[list[Tensor], list[Tensor]]:
     """States and loss sums of the main model and of every depth."""
     hidden = model(ids, positions)
     states = [hidden, *model.predict_further(hidden, ids, positions)]
@@ -279,8 +293,8 @@ def mtp_against_transformers(config: ModelConfig) -> dict[str, float]:
 
 @pytest.mark.parametrize(
     "config",
-    [with_mtp(1), with_mtp(2), with_mtp(3, rope_scaling=YARN), with_mtp(1, rms_norm_eps=0.03, q_lora_rank=None)],
-    ids=["1", "2", "3, YaRN", "1, epsilon"],
+    [with_mtp(1), with_mtp(2, rope_scaling=YARN), with_mtp(3), with_mtp(1, rms_norm_eps=0.03, q_lora_rank=None)],
+    ids=["1", "2, YaRN", "3", "1, epsilon"],
 )
 def test_mtp_equals_transformers(config: ModelConfig) -> None:
     found = mtp_against_transformers(config)
@@ -318,7 +332,7 @@ def test_mtp_equals_a_slow_twin_and_shares_embedding_and_head(depths: int) -> No
         tuple(weight.detach().clone().requires_grad_() for _ in range(2))
         for weight in (model.embed_tokens.weight, model.lm_head.weight)
     )
-    total = 0.0
+    total: Any = 0.0
     sums = [0.0] * (depths + 1)
     for b, row in enumerate(ids.tolist()):
         slow = slow_states(model, row, (cos, sin), embeddings)
@@ -440,35 +454,36 @@ def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
             getattr(layer, form)(*parts, mask)
         return counter.get_total_flops()
 
-    published = {"num_attention_heads": 4, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64}
-    for changes in (published | {"v_head_dim": 128}, {}, {"kv_lora_rank": 4}, {"kv_lora_rank": 40, "v_head_dim": 30}):
+    published = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    for changes in (published, {}, {"kv_lora_rank": 4}, {"kv_lora_rank": 40, "v_head_dim": 30}):
         config = tiny(**changes)
-        layer = MLA(config)
-        # The fold of the queries grows with them and not with the keys: what matters is the cost of many keys.
-        keys = 100_000
-        answers = {}
-        for queries in (1, 2, 7, 12, 13, 16, 17, 20, 21, 60, 150, 170, 171, 180, 1000):
-            absorbed, direct = (cost(config, form, queries, keys) for form in ("absorbed", "direct"))
-            if abs(absorbed - direct) > 0.002 * direct:
-                answers[queries] = absorbed < direct
-                assert layer.absorbing_is_cheaper(queries) == (absorbed < direct), (changes, queries)
-        assert answers[1]
-        assert len(answers) > 10
-    assert MLA(tiny(**published, v_head_dim=128)).absorbing_is_cheaper(170)
-    assert not MLA(tiny(**published, v_head_dim=128)).absorbing_is_cheaper(171)
+        answers = set()
+        for queries, keys in itertools.product(
+            (1, 2, 3, 7, 15, 16, 24, 150, 169, 170, 171), (1, 2, 8, 170, 1000, 40_000)
+        ):
+            if queries <= keys:
+                cheaper = cost(config, "absorbed", queries, keys) < cost(config, "direct", queries, keys)
+                assert MLA(config).absorbing_is_cheaper(queries, keys) == cheaper, (changes, queries, keys)
+                answers.add(cheaper)
+        assert answers == {True, False}
 
 
-@pytest.mark.parametrize("chunks", [[1] * 14, [14], [5, 1, 1, 4, 3], [9, 1, 1, 1, 1, 1]], ids=str)
+@pytest.mark.parametrize("chunks", [[1] * 14, [14], [5, 1, 1, 4, 3], [12, 1, 1], [2, 12]], ids=str)
 def test_decoding_over_the_cache_equals_the_full_forward(chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     forms: list[str] = []
 
     def noted(form: str) -> Callable[..., Tensor]:
         right = getattr(MLA, form)
-        return lambda self, *parts: forms.append(form) or right(self, *parts)
+
+        def run(self: MLA, *parts: Any) -> Tensor:
+            forms.append(form)
+            return right(self, *parts)
+
+        return run
 
     monkeypatch.setattr(MLA, "direct", noted("direct"))
     monkeypatch.setattr(MLA, "absorbed", noted("absorbed"))
-    config = tiny(n_group=4, topk_group=2, first_k_dense_replace=1, rope_scaling=YARN, kv_lora_rank=30)
+    config = tiny(n_group=4, topk_group=2, first_k_dense_replace=1, rope_scaling=YARN, kv_lora_rank=100)
     model = ours(config, dtype=torch.float64).eval()
     ids, positions = sample(config, tokens=14)
     full = model(ids, positions)
@@ -479,8 +494,9 @@ def test_decoding_over_the_cache_equals_the_full_forward(chunks: list[int], monk
         for some_ids, some_positions in zip(ids.split(chunks, 1), positions.split(chunks, 1), strict=True)
     ]
     assert distance(torch.cat(pieces, dim=1), full) < 1e-12
-    # 30 (8 + 12) weights to expand a key against 2 · 30 − 8 − 12 more per query: worth it from 15 queries on
-    assert forms == ["absorbed"] * 2 * len(chunks)
+    seen = list(itertools.accumulate(chunks))
+    cheaper = [n * (100 * 20 + keys * 180) < keys * 100 * 20 for n, keys in zip(chunks, seen, strict=True)]
+    assert forms == [form for absorb in cheaper for form in ["absorbed" if absorb else "direct"] * 2]
     assert cache[0].latent[0].shape[-1] + cache[0].keys[0].shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
 
 
@@ -508,7 +524,7 @@ def test_segments_isolate_packed_samples() -> None:
 
     hidden = model(ids, positions, segments)
     packed = [hidden, *model.predict_further(hidden, ids, positions, segments)]
-    score = 0.0
+    score: Any = 0.0
     for state, start, length, cotangent in zip(
         [packed] * 3, [0, 7, 11], lengths, cotangents, strict=True
     ):  # of depth k only the positions whose target lies in the same sample count
@@ -618,7 +634,7 @@ def test_bf16_activations_keep_the_router_in_fp32() -> None:
     # Every expert is chosen, so that rounding cannot change the choice and the outputs may be compared closely.
     config = tiny(n_routed_experts=4, num_experts_per_tok=4, first_k_dense_replace=1)
     ids, positions = sample(config, tokens=12)
-    wide, narrow = ours(config), Transformer(config, torch.bfloat16)
+    wide, narrow = ours(config), cast(Any, Transformer(config, torch.bfloat16))
     narrow.load_state_dict(wide.state_dict())
     seen: list[tuple[Tensor, Tensor]] = []
     narrow.layers["1"].mlp.gate.register_forward_hook(lambda gate, args, out: seen.append((args[0], out[1])))
@@ -667,6 +683,7 @@ def test_initialise_fills_an_emptied_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns of its own doings
 def test_a_block_can_be_compiled() -> None:
     config = tiny(n_group=4, topk_group=2)
     found = []

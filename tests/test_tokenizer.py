@@ -266,6 +266,8 @@ def test_halves_do_not_join(ours: Tokenizer, folder: Path, tmp_path: Path) -> No
             ids = joined.encode_chat(chat)
             assert specials_in(joined, ids) == []
             assert joined.decode(ids) == special
+    (tmp_path / "t" / "chat_template.jinja").write_text("<｜Us{{ messages[0]['content'] }}")
+    assert specials_in(ours, Tokenizer.load(tmp_path / "t").encode_chat([{"role": "user", "content": "er｜>"}])) == []
 
 
 def test_the_mark_is_no_character_of_the_chat(ours: Tokenizer) -> None:

@@ -1,14 +1,14 @@
 """A slow twin of the model, written from the report's equations: one token, one head and one expert at a time."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import RMSNorm, SwiGLU
-from leanseek.model.transformer import Transformer
 
 
 def choose(scores: list[float], bias: list[float], config: ModelConfig) -> tuple[list[int], list[float]]:
@@ -28,7 +28,7 @@ def choose(scores: list[float], bias: list[float], config: ModelConfig) -> tuple
 
 
 def slow_states(
-    model: Transformer, ids: list[int], rope: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor]
+    model: Any, ids: list[int], rope: tuple[Tensor, Tensor], embeddings: tuple[Tensor, Tensor]
 ) -> list[list[Tensor]]:
     """Final states of one sequence at depth 0 (the main model) and each MTP depth; rope = cos, sin [T, R/2].
 
@@ -61,13 +61,13 @@ def slow_losses(states: list[list[Tensor]], ids: list[int], heads: tuple[Tensor,
     return losses
 
 
-def _block(block: nn.Module, xs: list[Tensor], rope: tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
+def _block(block: Any, xs: list[Tensor], rope: tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
     mixed = _attention(block.self_attn, [_norm(x, block.input_layernorm) for x in xs], rope, config)
     xs = [x + y for x, y in zip(xs, mixed, strict=True)]
     return [x + _ffn(block.mlp, _norm(x, block.post_attention_layernorm), config) for x in xs]
 
 
-def _attention(attn: nn.Module, xs: list[Tensor], rope: tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
+def _attention(attn: Any, xs: list[Tensor], rope: tuple[Tensor, Tensor], config: ModelConfig) -> list[Tensor]:
     nope, value, latent = config.qk_nope_head_dim, config.v_head_dim, config.kv_lora_rank
     scale = 1 / math.sqrt(nope + config.qk_rope_head_dim)
     if config.rope_scaling is not None:
@@ -95,7 +95,7 @@ def _attention(attn: nn.Module, xs: list[Tensor], rope: tuple[Tensor, Tensor], c
     return out
 
 
-def _ffn(ffn: nn.Module, x: Tensor, config: ModelConfig) -> Tensor:
+def _ffn(ffn: Any, x: Tensor, config: ModelConfig) -> Tensor:
     if isinstance(ffn, SwiGLU):
         return _swiglu(x, ffn.gate_proj.weight, ffn.up_proj.weight, ffn.down_proj.weight)
     logits = ffn.gate.weight @ x

@@ -46,8 +46,9 @@ SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.g
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
 ALONE = 8 << 20  # bytes of input below which starting workers costs more than they save
 VALIDATION = 0.01  # share of the documents
+END_HELD_OUT = 0.05  # share of the bytes, where there is only one document
 TOKENIZER_SAMPLE = 50_000_000  # bytes of training text that a tokenizer is learnt from
-SHARD_TOKENS = 100_000_000
+SHARD_TOKENS = 1 << 25
 
 
 @dataclass
@@ -113,7 +114,7 @@ def prepare(
             documents = _read(sources, spool, report, _worker_count(sources, workers), phase)
             phase("deduplicate")
             documents = _deduplicate(documents, report)
-            in_validation = _validation(documents)
+            documents, in_validation = _validation(documents, spool)
             if given is None:
                 phase("tokenizer")
                 given = _learn(documents, in_validation, spool, vocab_size, report)
@@ -500,16 +501,41 @@ def _deduplicate(documents: Documents, report: Report) -> Documents:
     return documents.select(keep)
 
 
-def _validation(documents: Documents) -> np.ndarray:
+def _validation(documents: Documents, spool: IO[bytes]) -> tuple[Documents, np.ndarray]:
     """Which documents are held out [D] bool: by their content alone, about 1% of them, one at least of two or more.
 
-    Duplicates are gone by now, so none of a held-out document is left in training.
+    Duplicates are gone by now, so none of a held-out document is left in training. A single document, such as a book in
+    one file, is cut in two, and its end held out.
     """
+    if len(documents.sizes) == 1:
+        return _end_held_out(documents, spool)
     numbers = np.array([int.from_bytes(digest[:8], "big") for digest in documents.hashes], np.uint64)
     chosen = numbers < np.uint64(VALIDATION * 2**64)
-    if len(numbers) > 1 and (not chosen.any() or chosen.all()):
+    if not chosen.any() or chosen.all():
         chosen = numbers == numbers.min()
-    return chosen & (len(numbers) > 1)
+    return documents, chosen
+
+
+def _end_held_out(documents: Documents, spool: IO[bytes]) -> tuple[Documents, np.ndarray]:
+    """The only document as two, cut after a line break near the end, the second one held out."""
+    size = int(documents.sizes[0])
+    spool.seek(0)
+    text = spool.read(size)
+    end = text.rfind(b"\n", 0, size - int(size * END_HELD_OUT)) + 1
+    if end == 0:
+        return documents, np.zeros(1, bool)  # one line: nothing can be held out
+    sizes = np.array([end, size - end])
+    replaced = documents.sizes[0] - documents.raw_sizes[0]  # counted where most of them are: in the first part
+    both = Documents(
+        np.array([0, end]),
+        sizes,
+        sizes - np.array([replaced, 0]),
+        documents.sources.repeat(2),
+        [content_hash(part.decode()) for part in (text[:end], text[end:])],
+        documents.signatures.repeat(2, axis=0),
+        documents.names,
+    )
+    return both, np.array([False, True])
 
 
 def _learn(

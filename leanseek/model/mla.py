@@ -65,7 +65,7 @@ class MLA(nn.Module):
         k_rope = apply_rope(k_rope, cos, sin)  # [B, T, R], one key for all heads
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)
-        absorb = cache is not None and self.absorbing_is_cheaper(x.shape[1])
+        absorb = cache is not None and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
         heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 
@@ -92,6 +92,8 @@ class MLA(nn.Module):
         weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)
 
-    def absorbing_is_cheaper(self, queries: int) -> bool:
-        """Expanding costs C (N + V) per key and head, absorbing 2C + R instead of N + R + V per query, key and head."""
-        return queries * (2 * self.latent - self.nope - self.value) < self.latent * (self.nope + self.value)
+    def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
+        """By multiplications per head: expanding costs C (N + V) for each key; absorbing costs as much for each query, and
+        2C + R instead of N + R + V for each pair."""
+        width = self.nope + self.value
+        return queries * (self.latent * width + keys * (2 * self.latent - width)) < keys * self.latent * width

@@ -51,11 +51,9 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
-        if config.topk_method == "noaux_tc":
-            bias = torch.zeros(config.n_routed_experts, dtype=torch.float32)
-            self.register_buffer("e_score_correction_bias", bias)
-        else:
-            self.e_score_correction_bias = None
+        bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
+        self.e_score_correction_bias: Tensor | None
+        self.register_buffer("e_score_correction_bias", bias)
         self.load: Tensor
         self.balance_weight: Tensor
         self.balance_loss: Tensor

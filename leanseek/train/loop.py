@@ -9,7 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, Protocol
@@ -74,19 +74,21 @@ def train(
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
-    `evaluate(stage)` is the validation bpb at a stage's length; `flops_per_token` is by stage too.
-
-    The same call on the same RUN goes on from the newest whole checkpoint. Raises BadInput when training does not
-    recover from non-finite steps, OSError when a checkpoint cannot be written.
+    `evaluate(stage)` is the validation bpb at a stage's length; `flops_per_token` is by stage too. The same call on
+    the same RUN goes on from the newest whole checkpoint. Raises BadInput when training does not recover from non-
+    finite steps, OSError when a checkpoint cannot be written.
     """
     device = next(model.parameters()).device
     progress = _resume(run, model, optimizers, log)
     clock = _Clock(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
     rollbacks = 0
+    saved = replace(progress)
 
     def save() -> None:
+        nonlocal saved
         clock.stamp(progress)
+        saved = replace(progress)
         checkpoint.save(run, progress.step, model, optimizers, asdict(progress), config.train.keep_checkpoints)
 
     def validate() -> None:
@@ -140,9 +142,9 @@ def train(
                 validate()
             if progress.step % config.train.checkpoint_every == 0:
                 save()
-        already_there = progress.bpb_step == progress.step and ending == "complete"
-        validate()
-        if not already_there:
+        if ending != "interrupted":
+            validate()
+        if saved != progress:
             save()
     return progress, ending
 

@@ -1,0 +1,108 @@
+"""Bits per byte, the one quality number that no tokenizer can flatter.
+
+−log2 p of every token of each document, the first included (predicted from BOS), the end of the document excluded;
+documents independent; non-overlapping windows of the training context; divided by the raw UTF-8 bytes of the text as
+given.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from leanseek.config import BadInput
+from leanseek.model.transformer import Transformer
+from leanseek.ops.loss import IGNORE, token_losses
+
+Window = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, [n] each
+SORTED_AT_ONCE = 4096  # windows sorted by length together; bounds the memory, not the result
+
+
+@dataclass(frozen=True)
+class BPB:
+    bpb: float
+    bytes: int
+    tokens: int
+
+
+@torch.no_grad()
+def bits_per_byte(
+    model: Transformer,
+    documents: Iterable[tuple[Sequence[int] | NDArray[np.integer], int]],
+    context: int,
+    bos_id: int,
+    batch_tokens: int = 8192,
+) -> BPB:
+    """Score documents, each its ids (without BOS and EOS) and the UTF-8 bytes of its text as given.
+
+    Windows of all documents run together, about `batch_tokens` at a time, padding included. The model is left in the
+    mode it was in. Raises BadInput when there is no text at all.
+    """
+    assert model.lm_head is not None
+    device = model.lm_head.weight.device
+    counted = Counter()
+    nats = 0.0
+    training = model.training
+    model.eval()
+    try:
+        windows = (window for ids in counted.watch(documents) for window in windows_of(ids, context, bos_id))
+        for ids, targets in batches(windows, batch_tokens):
+            ids, targets = ids.to(device), targets.to(device)
+            # Padding is on the right, where causal attention cannot see it.
+            hidden = model(ids, torch.arange(ids.shape[1], device=device).expand_as(ids))
+            valid = targets != IGNORE
+            nats += token_losses(hidden[valid], model.lm_head.weight, targets[valid]).cpu().double().sum().item()
+    finally:
+        model.train(training)
+    if not counted.bytes:
+        raise BadInput("there is no text to score: bits per byte need at least one byte")
+    return BPB(nats / math.log(2) / counted.bytes, counted.bytes, counted.tokens)
+
+
+@dataclass
+class Counter:
+    """Bytes and tokens of the documents that passed."""
+
+    bytes: int = 0
+    tokens: int = 0
+
+    def watch(
+        self, documents: Iterable[tuple[Sequence[int] | NDArray[np.integer], int]]
+    ) -> Iterator[NDArray[np.int64]]:
+        for ids, raw_bytes in documents:
+            self.bytes += raw_bytes
+            self.tokens += len(ids)
+            yield np.asarray(ids, np.int64)
+
+
+def windows_of(ids: NDArray[np.int64], context: int, bos_id: int) -> Iterator[Window]:
+    """Cuts a document: window j scores tokens jT … (j + 1)T − 1, each from those before it in the window.
+
+    The input of the first is BOS, of every later one the last token of the window before; positions begin at 0 again.
+    """
+    shifted = np.concatenate(([bos_id], ids[:-1])) if len(ids) else ids
+    for start in range(0, len(ids), context):
+        yield shifted[start : start + context], ids[start : start + context]
+
+
+def batches(windows: Iterator[Window], batch_tokens: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Windows of like length side by side: ids and targets [B, T], padded on the right, at most `batch_tokens` each.
+
+    A window longer than that goes alone.
+    """
+    while chunk := sorted(islice(windows, SORTED_AT_ONCE), key=lambda window: len(window[0]), reverse=True):
+        first = 0
+        while first < len(chunk):
+            longest = len(chunk[first][0])
+            rows = chunk[first : first + max(1, batch_tokens // longest)]
+            ids = np.zeros((len(rows), longest), np.int64)
+            targets = np.full((len(rows), longest), IGNORE, np.int64)
+            for row, (inputs, wanted) in enumerate(rows):
+                ids[row, : len(inputs)], targets[row, : len(wanted)] = inputs, wanted
+            yield torch.from_numpy(ids), torch.from_numpy(targets)
+            first += len(rows)

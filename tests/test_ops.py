@@ -1,0 +1,230 @@
+"""The kernels behind their seam: each against its reference, a slow twin, or PyTorch's own."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanseek.ops import loss as loss_module
+from leanseek.ops.attention import attention, attention_reference, largest_logits
+from leanseek.ops.experts import grouped_linear, grouped_linear_reference, permute, sort_by_expert, unpermute
+from leanseek.ops.loss import IGNORE, linear_cross_entropy, token_losses
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def distance(a: Tensor, b: Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+# ── attention ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("wide", "value"), [(24, 16), (16, 16), (12, 20)])
+def test_attention_equals_its_reference(
+    wide: int, value: int, masked: bool, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    queries, keys = (9, 17) if masked else (33, 33)
+    q, k, v = (
+        torch.randn(2, 3, length, width, dtype=dtype, generator=generator)
+        for length, width in ((queries, wide), (keys, wide), (keys, value))
+    )
+    mask = None
+    if masked:
+        mask = torch.rand(2, 1, queries, keys, generator=generator) < 0.5
+        mask[..., 0] = True
+    cotangent = torch.randn(2, 3, queries, value, dtype=dtype, generator=generator)
+    results = []
+    functions: list[Callable[..., Tensor]] = [attention, attention_reference]
+    for function in functions:
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = function(*inputs, 0.7, mask)
+        results.append((out, *torch.autograd.grad(out, inputs, cotangent)))
+    for ours, reference in zip(*results, strict=True):
+        assert distance(ours, reference) < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_attention_reference_is_softmax_by_hand() -> None:
+    q, k = torch.tensor([[[[1.0], [2.0]]]]), torch.tensor([[[[0.5], [-1.0]]]])
+    v = torch.tensor([[[[1.0, 0.0], [0.0, 1.0]]]])
+    share = torch.exp(torch.tensor([2 * 0.5 * 3, 2 * -1.0 * 3]))
+    share = share / share.sum()
+    out = attention_reference(q, k, v, scale=3.0)
+    assert torch.allclose(out[0, 0], torch.stack((torch.tensor([1.0, 0.0]), share)))
+
+
+def test_largest_logits_respect_the_mask(generator: torch.Generator) -> None:
+    q, k = (torch.randn(2, 3, 6, 4, generator=generator) for _ in range(2))
+    expected = [
+        max((q[b, h, t] @ k[b, h, s]).item() * 0.5 for b in range(2) for t in range(6) for s in range(t + 1))
+        for h in range(3)
+    ]
+    assert largest_logits(q, k, 0.5).tolist() == pytest.approx(expected, rel=1e-6)
+    only_self = torch.eye(6, dtype=torch.bool)[None, None]
+    diagonal = (q * k).sum(dim=-1).amax(dim=(0, 2)) * 0.5
+    assert torch.allclose(largest_logits(q, k, 0.5, only_self), diagonal)
+
+
+# ── experts ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize(("width", "out"), [(16, 24), (15, 24), (16, 9), (5, 3)])  # BF16 is aligned at 8, FP32 at 4
+@pytest.mark.parametrize("counts", [[3, 0, 5, 0], [0, 0, 0, 7], [2, 2, 2, 2], [0, 0, 0, 0]], ids=str)
+def test_grouped_linear_equals_its_reference(
+    counts: list[int], width: int, out: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    rows = sum(counts)
+    x = torch.randn(rows, width, generator=generator).to(dtype)
+    weight = torch.randn(4, out, width, generator=generator).to(dtype)
+    cotangent = torch.randn(rows, out, generator=generator).to(dtype)
+    results = []
+    functions: list[Callable[..., Tensor]] = [grouped_linear, grouped_linear_reference]
+    for function in functions:
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        y = function(*inputs, torch.tensor(counts))
+        assert (y.shape, y.dtype) == ((rows, out), dtype)
+        results.append((y, *torch.autograd.grad(y, inputs, cotangent)))
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float64: 1e-14}[dtype]
+    for ours, reference in zip(*results, strict=True):
+        assert torch.allclose(ours, reference, rtol=0, atol=tolerance * max(1.0, reference.abs().sum().item()))
+    expert = torch.repeat_interleave(torch.arange(4), torch.tensor(counts))
+    by_hand = torch.einsum("mfd,md->mf", weight[expert].double(), x.double())
+    assert torch.allclose(results[1][0].double(), by_hand, rtol=0, atol=8 * tolerance)
+
+
+def test_sort_by_expert_keeps_the_order_of_tokens() -> None:
+    experts = torch.tensor([[2, 0], [0, 3], [3, 2]])
+    order, counts = sort_by_expert(experts, 5)
+    assert order.tolist() == [1, 2, 0, 5, 3, 4]
+    assert counts.tolist() == [2, 0, 2, 2, 0]
+
+
+def slow_round_trip(x: Tensor, experts: list[list[int]], weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows expert by expert and the weighted sums after each expert has multiplied its rows by its own scale."""
+    rows = [x[t] for e in range(len(scale)) for t, row in enumerate(experts) for chosen in row if chosen == e]
+    sums: list[Any] = [sum(weights[t, j] * scale[e] * x[t] for j, e in enumerate(row)) for t, row in enumerate(experts)]
+    return torch.stack(rows), torch.stack(sums)
+
+
+def test_permute_and_unpermute_equal_a_slow_twin(generator: torch.Generator) -> None:
+    experts = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(7)])
+    order, counts = sort_by_expert(experts, 5)
+    x = torch.randn(7, 4, dtype=torch.float64, generator=generator).requires_grad_()
+    weights = torch.rand(7, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    scale = torch.randn(5, dtype=torch.float64, generator=generator)
+    rows = permute(x, order, 3)
+    sums = unpermute(rows * scale.repeat_interleave(counts)[:, None], order, weights)
+    slow_rows, slow_sums = slow_round_trip(x, experts.tolist(), weights, scale)
+    assert torch.equal(rows, slow_rows)
+    assert distance(sums, slow_sums) < 1e-14
+    cotangent = torch.randn(7, 4, dtype=torch.float64, generator=generator)
+    ours = torch.autograd.grad(sums, (x, weights), cotangent)
+    slow = torch.autograd.grad(slow_sums, (x, weights), cotangent)
+    assert all(distance(a, b) < 1e-14 for a, b in zip(ours, slow, strict=True))
+
+
+def test_permute_and_unpermute_pass_gradcheck(generator: torch.Generator) -> None:
+    experts = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(5)])
+    order, _ = sort_by_expert(experts, 4)
+    x = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    rows = torch.randn(10, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    weights = torch.rand(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: permute(x, order, 2), (x,))
+    assert torch.autograd.gradcheck(lambda rows, weights: unpermute(rows, order, weights), (rows, weights))
+
+
+# ── loss ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(params=[1 << 24, 40, 1], ids=["one piece", "pieces of 3", "row by row"])
+def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(loss_module, "_LOGITS_AT_ONCE", request.param)
+    return request.param
+
+
+def loss_inputs(dtype: torch.dtype, generator: torch.Generator) -> Any:
+    """hidden [10, 6], weight [13, 6], targets [10], of which three are IGNORE."""
+    hidden = torch.randn(10, 6, generator=generator).to(dtype)
+    weight = torch.randn(13, 6, generator=generator).to(dtype)
+    targets = torch.randint(13, (10,), generator=generator)
+    targets[[0, 4, 9]] = IGNORE
+    return hidden.requires_grad_(), weight.requires_grad_(), targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_linear_cross_entropy_equals_pytorchs(pieces: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    hidden, weight, targets = loss_inputs(dtype, generator)
+    ours = linear_cross_entropy(hidden, weight, targets)
+    theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="sum", ignore_index=IGNORE)
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    assert ours.dtype == dtype
+    assert distance(ours, theirs) < tolerance
+    ours_grad = torch.autograd.grad(0.37 * ours, (hidden, weight))
+    theirs_grad = torch.autograd.grad(0.37 * theirs, (hidden, weight))
+    assert all(distance(a, b) < 2 * tolerance for a, b in zip(ours_grad, theirs_grad, strict=True))
+    assert not ours_grad[0][targets == IGNORE].any()
+
+
+def test_linear_cross_entropy_passes_gradcheck(pieces: int, generator: torch.Generator) -> None:
+    hidden, weight, targets = loss_inputs(torch.float64, generator)
+    assert torch.autograd.gradcheck(lambda h, w: linear_cross_entropy(h, w, targets), (hidden, weight))
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True), (False, False)])
+def test_linear_cross_entropy_gives_only_the_gradients_asked_for(
+    needed: tuple[bool, bool], generator: torch.Generator
+) -> None:
+    hidden, weight, targets = loss_inputs(torch.float64, generator)
+    both = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
+    inputs: Any = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight), needed, strict=True)]
+    loss = linear_cross_entropy(*inputs, targets)
+    assert loss.requires_grad == any(needed)
+    if any(needed):
+        loss.backward()
+    for x, need, expected in zip(inputs, needed, both, strict=True):
+        assert torch.equal(x.grad, expected) if need else x.grad is None
+
+
+def test_linear_cross_entropy_of_bf16_sums_in_fp32(pieces: int, generator: torch.Generator) -> None:
+    hidden, weight, targets = loss_inputs(torch.float32, generator)
+    narrow = hidden.detach().bfloat16().requires_grad_()
+    ours = linear_cross_entropy(narrow, weight, targets)
+    wide: Any
+    rounded: Any
+    wide, rounded = narrow.detach().float().requires_grad_(), weight.detach().bfloat16().float().requires_grad_()
+    theirs = F.cross_entropy(wide @ rounded.T, targets, reduction="sum")
+    assert ours.dtype == torch.float32
+    assert distance(ours, theirs) < 2**-7
+    ours.backward()
+    theirs.backward()
+    assert (narrow.grad.dtype, weight.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert distance(narrow.grad.float(), wide.grad) < 2**-6
+    assert distance(weight.grad, rounded.grad) < 2**-6
+
+
+def test_nothing_to_predict_is_zero(generator: torch.Generator) -> None:
+    hidden, weight, targets = loss_inputs(torch.float32, generator)
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(targets, IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any()
+    assert not weight.grad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_token_losses_equal_pytorchs(pieces: int, dtype: torch.dtype, generator: torch.Generator) -> None:
+    hidden, weight, targets = loss_inputs(dtype, generator)
+    ours = token_losses(hidden, weight, targets)
+    theirs = F.cross_entropy(hidden @ weight.T, targets, reduction="none")
+    assert distance(ours, theirs) < (1e-14 if dtype == torch.float64 else 1e-6)
+    assert not ours[targets == IGNORE].any()
+    assert not ours.requires_grad

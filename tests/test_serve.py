@@ -1,0 +1,484 @@
+"""Generation: the latent cache against recomputation, sampling against exact probabilities, text as it comes."""
+
+import math
+import random
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import leanseek
+from leanseek.config import BadInput, read_recipe
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.model.mla import MLA
+from leanseek.model.transformer import Transformer
+from leanseek.serve.cache import Cache, LayerCache
+from leanseek.serve.engine import LLM, Completion, Pieces, StopStrings
+from leanseek.serve.sampling import Sampling, min_p, probabilities, sample, top_k, top_p, with_temperature
+from tests.oracle import tiny
+from tests.runs import CONTEXT, SPARE_ROWS, TEXT, make_run, model_of, tokenizer
+
+GREEDY = Sampling(temperature=0)
+LONG = "the fox slept under the wall and the rain came over; nobody saw"  # enough for the direct form
+V2 = {"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
+YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 12, "mscale": 0.7, "mscale_all_dim": 1.0}
+SHAPES = {
+    "plain": {},
+    "no query compression": {"q_lora_rank": None},
+    "groups": {"n_group": 4, "topk_group": 2},
+    "V2 greedy": V2 | {"topk_method": "greedy"},
+    "V2 groups": V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "q_lora_rank": None},
+    "YaRN": {"rope_scaling": YARN},
+    "dense first, MTP beside": {"first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def vocabulary() -> Tokenizer:
+    return tokenizer()
+
+
+@pytest.fixture(scope="module")
+def llm(vocabulary: Tokenizer) -> LLM:
+    return LLM(model_of(vocabulary), vocabulary)
+
+
+class Scripted(LLM):
+    """Draws exactly these ids, then EOS for ever."""
+
+    def __init__(self, tokenizer: Tokenizer, ids: list[int]) -> None:
+        super().__init__(model_of(tokenizer, max_position_embeddings=256), tokenizer)
+        self.script = iter(ids)
+
+    def _logits(self, ids: list[int], cache: Cache) -> Tensor:
+        logits = torch.full((self.config.vocab_size,), -math.inf)
+        logits[next(self.script, self.tokenizer.eos_id)] = 0.0
+        return logits
+
+
+def collected(pieces: Pieces) -> tuple[list[str], Completion]:
+    found = []
+    while True:
+        try:
+            found.append(next(pieces))
+        except StopIteration as end:
+            return found, end.value
+
+
+# ── the cache ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_cache_of_v3_takes_70272_bytes_per_token() -> None:
+    cache = Cache(read_recipe("v3").model, 2, 5, torch.bfloat16, "meta")
+    assert cache.values.nbytes == 2 * 5 * 70_272
+
+
+def test_cache_returns_what_was_appended_and_says_when_it_is_full() -> None:
+    config = tiny()
+    cache = Cache(config, 2, 5, torch.float32)
+    latent, key = torch.randn(2, 5, config.kv_lora_rank), torch.randn(2, 5, config.qk_rope_head_dim)
+    for first, end in ((0, 3), (3, 4), (4, 5)):
+        for layer in cache.layers:
+            assert cache.length == first
+            all_latent, all_keys = layer.append(latent[:, first:end], key[:, first:end])
+            assert torch.equal(all_latent, latent[:, :end])
+            assert torch.equal(all_keys, key[:, :end])
+    with pytest.raises(ValueError, match="cache is full: 6 tokens do not fit into the 5"):
+        cache.layers[0].append(latent[:, :1], key[:, :1])
+
+
+# ── greedy: cache against recomputation ───────────────────────────────────────────────────────────────────────────
+
+
+def recomputed(llm: LLM, prompt: list[int], most: int) -> list[int]:
+    """Greedy tokens without any cache: the whole text through the model again for every one."""
+    ids = list(prompt)
+    drawable = llm.tokenizer.vocab_size
+    never = [llm.tokenizer.bos_id, llm.tokenizer.pad_id]
+    while len(ids) < len(prompt) + most:
+        with torch.no_grad():
+            hidden = llm.model(torch.tensor([ids]), torch.arange(len(ids))[None])
+            logits = llm.model.lm_head(hidden)[0, -1, :drawable]
+        logits[never] = -math.inf
+        best = logits.topk(2).values
+        assert best[0] - best[1] > 1e-4, "nearly a tie: what is drawn would be chance"
+        token = int(logits.argmax())
+        if token == llm.tokenizer.eos_id:
+            break
+        ids.append(token)
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_greedy_over_the_cache_equals_recomputation(shape: str, vocabulary: Tokenizer) -> None:
+    llm = LLM(model_of(vocabulary, **SHAPES[shape]), vocabulary)
+    for prompt in ("the fox said", LONG):
+        ids = [vocabulary.bos_id, *vocabulary.encode(prompt)]
+        most = CONTEXT - len(ids)
+        found = llm.generate(prompt, most, GREEDY)
+        assert found.prompt_tokens == len(ids)
+        assert found.token_ids == recomputed(llm, ids, most)
+        assert len(set(found.token_ids)) > 5, "a model that repeats itself shows nothing"
+
+
+def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = LayerCache.append
+    monkeypatch.setattr(LayerCache, "append", lambda self, latent, key: whole(self, latent, key.roll(1, dims=-1)))
+    llm = LLM(model_of(vocabulary), vocabulary)
+    ids = [vocabulary.bos_id, *vocabulary.encode("the fox said")]
+    assert llm.generate("the fox said", 32, GREEDY).token_ids != recomputed(llm, ids, 32)
+
+
+def test_prompt_runs_once_in_direct_form_and_decoding_absorbed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, int]] = []
+    for form in ("direct", "absorbed"):
+        original = getattr(MLA, form)
+
+        def spy(self: MLA, q: Tensor, *rest: Tensor, form: str = form, original: object = original) -> Tensor:
+            calls.append((form, q.shape[1]))
+            return original(self, q, *rest)  # type: ignore[operator]
+
+        monkeypatch.setattr(MLA, form, spy)
+    found = llm.generate(LONG, 4, GREEDY)
+    layers = llm.config.num_hidden_layers
+    assert len(found.token_ids) == 4
+    assert calls == [("direct", found.prompt_tokens)] * layers + [("absorbed", 1)] * 3 * layers
+
+
+def test_weights_are_left_alone_and_no_router_counts(llm: LLM) -> None:
+    assert not llm.model.training
+    llm.generate("the", 3)
+    assert all(not router.load.any() for router in llm.model.routers().values())
+
+
+# ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+CHANCES = [0.05, 0.4, 0.1, 0.2, 0.25]
+
+
+def open_tokens(logits: Tensor) -> list[int]:
+    return logits.isfinite().nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("filtered", "left"),
+    [
+        (lambda x: top_k(x, 0), [0, 1, 2, 3, 4]),
+        (lambda x: top_k(x, 1), [1]),
+        (lambda x: top_k(x, 3), [1, 3, 4]),
+        (lambda x: top_k(x, 9), [0, 1, 2, 3, 4]),
+        (lambda x: top_p(x, 0.39), [1]),
+        (lambda x: top_p(x, 0.41), [1, 4]),
+        (lambda x: top_p(x, 0.64), [1, 4]),
+        (lambda x: top_p(x, 0.66), [1, 3, 4]),
+        (lambda x: top_p(x, 0.96), [0, 1, 2, 3, 4]),
+        (lambda x: top_p(x, 1.0), [0, 1, 2, 3, 4]),
+        (lambda x: top_p(x, 1e-9), [1]),
+        (lambda x: min_p(x, 0.0), [0, 1, 2, 3, 4]),
+        (lambda x: min_p(x, 0.2), [1, 2, 3, 4]),
+        (lambda x: min_p(x, 0.51), [1, 4]),
+        (lambda x: min_p(x, 1.0), [1]),
+        # one after another: top-k leaves 0.4, 0.25, 0.2, that is 0.47, 0.29, 0.24; top-p of 0.7 then takes two …
+        (lambda x: top_p(top_k(x, 3), 0.7), [1, 4]),
+        # … and three of all five, whose first two have only 0.65
+        (lambda x: top_p(x, 0.7), [1, 3, 4]),
+    ],
+)
+def test_filters_leave_what_they_should(filtered: object, left: list[int]) -> None:
+    logits = torch.tensor(CHANCES, dtype=torch.float64).log() + 3.0
+    found = filtered(logits)  # type: ignore[operator]
+    assert open_tokens(found) == left
+    assert torch.equal(found[left], logits[left])
+
+
+def test_filters_treat_rows_apart() -> None:
+    rows = torch.tensor([CHANCES, CHANCES[::-1], [0.2] * 5], dtype=torch.float64).log()
+    for kept in (Sampling(top_k=2), Sampling(top_p=0.6), Sampling(min_p=0.5), Sampling(0.5, 4, 0.9, 0.1)):
+        together = probabilities(rows, kept)
+        for row, found in zip(rows, together, strict=True):
+            assert torch.equal(found, probabilities(row, kept))
+
+
+def test_tokens_that_tie_with_the_kth_stay() -> None:
+    assert open_tokens(top_k(torch.tensor([1.0, 3.0, 2.0, 2.0, 0.0]), 2)) == [1, 2, 3]
+
+
+def test_order_is_temperature_then_top_k_then_top_p_then_min_p() -> None:
+    # At temperature 1/2 the chances go as their squares: 25, 1600, 100, 400, 625. The best four have 2725 together, of
+    # them 1600 and 625 are 0.82, with 400 it is 0.96; and 400 is a quarter of 1600.
+    logits = torch.tensor(CHANCES).log()
+    assert probabilities(logits, Sampling(0.5, 4, 0.9, 0.0)).tolist() == pytest.approx(
+        [0, 1600 / 2625, 0, 400 / 2625, 625 / 2625], rel=1e-6
+    )
+    assert probabilities(logits, Sampling(0.5, 4, 0.9, 0.3)).tolist() == pytest.approx(
+        [0, 1600 / 2225, 0, 0, 625 / 2225], rel=1e-6
+    )
+
+
+def chi_square(logits: Tensor, drawn_with: Sampling, expected: list[float], draws: int = 20_000) -> float:
+    found = sample(logits.expand(draws, -1), drawn_with, torch.Generator().manual_seed(5))
+    counts = torch.bincount(found, minlength=len(expected)).tolist()
+    assert all(chance or not count for chance, count in zip(expected, counts, strict=True)), "drew a closed token"
+    return sum((n - draws * p) ** 2 / (draws * p) for n, p in zip(counts, expected, strict=True) if p)
+
+
+def test_drawn_frequencies_are_the_exact_probabilities() -> None:
+    logits = torch.tensor(CHANCES).log()
+    tempered = [chance ** (1 / 0.7) for chance in CHANCES]
+    expected = [chance / sum(tempered) for chance in tempered]
+    at_999 = 18.47  # chi-square, four degrees of freedom, 99.9%
+    assert chi_square(logits, Sampling(temperature=0.7), expected) < at_999
+    assert chi_square(logits, Sampling(temperature=0.75), expected) > at_999  # the test can tell
+    three = [0, 0.4 / 0.85, 0, 0.2 / 0.85, 0.25 / 0.85]
+    assert chi_square(logits, Sampling(top_k=3), three) < 13.82  # two degrees of freedom
+
+
+def test_extreme_temperatures() -> None:
+    logits = torch.tensor([1.0, 2.0, 2.0, -math.inf])
+    assert with_temperature(logits.double(), 1e-300).softmax(dim=-1).tolist() == [0, 0.5, 0.5, 0]
+    assert probabilities(logits, Sampling(temperature=1e300)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
+    assert sample(logits + torch.tensor([0, 0, 1e-3, 0]), GREEDY, torch.Generator()).item() == 2
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"temperature": -0.1}, "temperature must be 0 or a positive number, got -0.1"),
+        ({"temperature": math.nan}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
+        ({"top_k": -1}, "top_k must be at least 1, or 0 for no limit, got -1"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_p": math.nan}, "top_p"),
+        ({"min_p": -0.1}, "min_p must be between 0 and 1"),
+        ({"min_p": 1.1}, "min_p"),
+    ],
+)
+def test_sampling_out_of_range(values: dict[str, float], says: str) -> None:
+    with pytest.raises(BadInput, match=says):
+        Sampling(**values)  # type: ignore[arg-type]
+
+
+def test_same_seed_same_text(llm: LLM) -> None:
+    first = llm.generate("the wall", 20, Sampling(temperature=1.5), seed=3)
+    assert first.token_ids == llm.generate("the wall", 20, Sampling(temperature=1.5), seed=3).token_ids
+    assert first.token_ids != llm.generate("the wall", 20, Sampling(temperature=1.5), seed=4).token_ids
+
+
+def test_only_tokens_that_exist_are_drawn(vocabulary: Tokenizer) -> None:
+    model = model_of(vocabulary)
+    closed = [vocabulary.bos_id, vocabulary.pad_id, *range(vocabulary.vocab_size, vocabulary.vocab_size + SPARE_ROWS)]
+    with torch.no_grad():  # the likeliest by far, were they not closed
+        model.lm_head.weight[closed] = 10 * torch.randn(len(closed), model.config.hidden_size)
+    llm = LLM(model, vocabulary)
+    for sampling in (GREEDY, Sampling(temperature=5)):
+        drawn = {token for seed in range(5) for token in llm.generate("rain", 30, sampling, seed=seed).token_ids}
+        assert len(drawn) > 3
+        assert not drawn & set(closed)
+
+
+# ── text as it comes ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_pieces_join_to_the_text_and_never_split_a_character(vocabulary: Tokenizer) -> None:
+    text = "the fox 狐 says “été” 🦊🦊 and 👩‍🚀, naïvely"
+    ids = vocabulary.encode(text)
+    assert len(ids) > len(text) / 2
+    pieces, whole = collected(Scripted(vocabulary, ids).stream("", 200))
+    assert "".join(pieces) == whole.text == text
+    assert whole.token_ids == ids
+    assert whole.finish_reason == "stop"
+    assert "\ufffd" not in text
+    assert all(pieces)
+    assert len(pieces) > 20  # it came bit by bit
+
+
+def test_a_character_that_is_never_completed(vocabulary: Tokenizer) -> None:
+    ids = vocabulary.encode("old 🦊")[:-1]
+    pieces, whole = collected(Scripted(vocabulary, ids).stream("", 200))
+    assert "".join(pieces) == whole.text == "old \ufffd" == vocabulary.decode(ids)
+
+
+def cut_letter_by_letter(text: str, stops: tuple[str, ...]) -> str:
+    for end in range(len(text) + 1):
+        for stop in sorted(stops, key=len, reverse=True):
+            if text[:end].endswith(stop):
+                return text[: end - len(stop)]
+    return text
+
+
+def test_stop_strings_cut_alike_however_the_text_comes() -> None:
+    chance = random.Random(0)
+    cut = 0
+    for _ in range(3000):
+        text = "".join(chance.choices("abc", k=12))
+        stops = tuple("".join(chance.choices("abc", k=chance.randint(1, 5))) for _ in range(chance.randint(0, 3)))
+        held, given, out = StopStrings(stops), "", ""
+        while len(given) < len(text):
+            piece = text[len(given) : len(given) + chance.randint(1, 4)]
+            given += piece
+            out += held.push(piece)
+            if held.found:
+                break
+            ends = [n for stop in stops for n in range(len(stop)) if given.endswith(stop[:n])]
+            assert out == given[: len(given) - max(ends, default=0)], "held back too much or too little"
+        out += held.finish()
+        assert out == cut_letter_by_letter(text, stops)
+        cut += held.found
+    assert 500 < cut < 2900
+
+
+def test_stop_strings_across_token_borders(vocabulary: Tokenizer) -> None:
+    text = "the fox slept under the wall 🦊 until the rain was over."
+    ids = vocabulary.encode(text)
+    borders = {len(vocabulary.decode(ids[:n])) for n in range(len(ids))}
+    across = 0
+    for start in range(0, len(text) - 4, 3):
+        stop = text[start : start + 4]
+        pieces, whole = collected(Scripted(vocabulary, ids).stream("", 200, stop=["no such", stop]))
+        assert "".join(pieces) == whole.text == text[: text.find(stop)]
+        assert whole.finish_reason == "stop"
+        across += any(start < border < start + 4 for border in borders)
+    assert across > 5
+
+
+def test_what_looked_like_a_stop_string_is_given_out_in_the_end(vocabulary: Tokenizer) -> None:
+    found = Scripted(vocabulary, vocabulary.encode("the fox")).generate("", stop=["fox slept"])
+    assert (found.text, found.finish_reason) == ("the fox", "stop")
+    found = Scripted(vocabulary, vocabulary.encode("the fox slept")).generate("", 2, stop=["fox slept"])
+    assert (found.text, found.finish_reason) == (vocabulary.decode(found.token_ids), "length")
+
+
+def test_one_stop_string_may_stand_alone(vocabulary: Tokenizer) -> None:
+    assert Scripted(vocabulary, vocabulary.encode("the fox slept")).generate("", stop=" slept").text == "the fox"
+
+
+# ── where it ends ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_finish_reasons(vocabulary: Tokenizer) -> None:
+    ids = vocabulary.encode("under the wall")
+    ended = Scripted(vocabulary, ids).generate("", 200)
+    assert (ended.finish_reason, ended.token_ids) == ("stop", ids)
+    exactly = Scripted(vocabulary, ids).generate("", len(ids))
+    assert (exactly.finish_reason, exactly.token_ids, exactly.text) == ("length", ids, "under the wall")
+    assert ended.tokens_per_second > 0
+
+
+def test_context_is_used_to_its_last_position_and_no_further(llm: LLM, vocabulary: Tokenizer) -> None:
+    never_ends = LLM(llm.model, vocabulary)
+    never_ends.closed = llm.closed.clone()
+    never_ends.closed[vocabulary.eos_id] = True
+    found = never_ends.generate("the fox", 10_000, GREEDY)
+    assert found.finish_reason == "length"
+    assert found.prompt_tokens + len(found.token_ids) == CONTEXT + 1  # the last is drawn and never read
+    ids = [vocabulary.bos_id] + [vocabulary.encode(" the")[0]] * (CONTEXT - 1)
+    full = vocabulary.decode(ids[1:])
+    assert [vocabulary.bos_id, *vocabulary.encode(full)] == ids
+    assert len(never_ends.generate(full, 10, GREEDY).token_ids) == 1
+    with pytest.raises(BadInput, match=rf"prompt has {CONTEXT + 1} tokens, the model's context holds {CONTEXT}"):
+        llm.stream(full + " the")  # at the call: nothing is drawn yet
+
+
+def test_empty_prompt_is_bos_alone(llm: LLM) -> None:
+    assert llm.generate("", 3, GREEDY).prompt_tokens == 1
+    assert llm.generate("", 3, GREEDY).token_ids == recomputed(llm, [llm.tokenizer.bos_id], 3)
+
+
+def test_chat_goes_through_the_template(llm: LLM) -> None:
+    messages = [{"role": "user", "content": "the fox"}]
+    ids = llm.tokenizer.encode_chat(messages)
+    found = llm.chat(messages, 8, GREEDY)
+    assert found.prompt_tokens == len(ids)
+    assert found.token_ids == recomputed(llm, ids, 8)
+    pieces, whole = collected(llm.stream_chat(messages, 8, GREEDY))
+    assert "".join(pieces) == whole.text == found.text
+
+
+def test_bad_options(llm: LLM) -> None:
+    with pytest.raises(BadInput, match="max_tokens must be at least 1, got 0"):
+        llm.generate("", 0)
+    with pytest.raises(BadInput, match="stop string must not be empty"):
+        llm.generate("", stop=["a", ""])
+    with pytest.raises(BadInput, match="seed must be a 64-bit integer"):
+        llm.generate("", seed=2**63)
+    with pytest.raises(BadInput, match="surrogate"):
+        llm.generate("\ud800")
+    with pytest.raises(BadInput, match="needs a role"):
+        llm.chat([{"content": "who?"}])
+
+
+# ── the run folder ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def run(tmp_path: Path, llm: LLM) -> Path:
+    return make_run(tmp_path / "run", llm.model, llm.tokenizer)
+
+
+def test_loaded_run_says_the_same(run: Path, llm: LLM) -> None:
+    loaded = leanseek.load(run)
+    assert isinstance(loaded, LLM)
+    assert loaded.generate("the", 12, GREEDY).token_ids == llm.generate("the", 12, GREEDY).token_ids
+    weights = llm.model.state_dict()
+    model = leanseek.load_model(str(run))
+    assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == weights.keys()
+
+
+def test_resting_in_bf16_changes_nothing_that_is_computed(run: Path) -> None:
+    resting = LLM.load(run, "cpu", torch.bfloat16)
+    cast_when_used = leanseek.load_model(run)
+    cast_when_used.dtype = torch.bfloat16
+    assert resting.model.lm_head.weight.dtype == torch.bfloat16
+    ids = torch.tensor([resting.tokenizer.encode(TEXT)[:40]])
+    positions = torch.arange(ids.shape[1])[None]
+    with torch.no_grad():
+        assert torch.equal(resting.model(ids, positions), cast_when_used.eval()(ids, positions))
+    assert len(resting.generate("the", 4, GREEDY).token_ids) <= 4
+
+
+def test_folders_that_are_no_run(tmp_path: Path, run: Path) -> None:
+    with pytest.raises(BadInput, match="not a run"):
+        LLM.load(tmp_path / "nowhere")
+    with pytest.raises(BadInput, match="device must be auto, cpu, cuda or mps, got 'tpu'"):
+        LLM.load(run, "tpu")
+    for folder in (run / "checkpoints").iterdir():
+        folder.rename(tmp_path / "elsewhere")
+    with pytest.raises(BadInput, match="has no checkpoint yet"):
+        LLM.load(run)
+
+
+def test_damaged_checkpoint_is_named(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = next((run / "checkpoints").rglob("model/*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(BadInput, match="none of its 1 checkpoints is whole"):
+        LLM.load(run)
+    assert "bytes, not" in capsys.readouterr().err
+
+
+def test_tokenizer_of_another_model(run: Path, vocabulary: Tokenizer) -> None:
+    larger = Tokenizer.train([" ".join(f"{a}{b}" for a in "abcdefghijklm" for b in "nopqrstuvwxyz") * 3], 600)
+    assert larger.vocab_size > vocabulary.vocab_size + SPARE_ROWS
+    larger.save(run / "tokenizer")
+    with pytest.raises(BadInput, match=rf"run: the tokenizer has {larger.vocab_size} ids, .* do not belong together"):
+        LLM.load(run)
+    with pytest.raises(BadInput, match=r"BOS and EOS are \(0, 1\), the model's \(5, 1\)"):
+        LLM(Transformer(tiny(vocab_size=400, bos_token_id=5)), vocabulary)
+
+
+# ── the package ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, leanseek; leanseek.load, leanseek.load_model; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_version_is_the_projects() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))
+    assert leanseek.__version__ == project["project"]["version"]
