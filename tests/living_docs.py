@@ -64,7 +64,7 @@ def broken_markers(text: str) -> list[str]:
 
 
 def help_text(verb: str) -> str:
-    """What `leanseek VERB --help` prints on a terminal of 100 columns without colours; of all verbs for ""."""
+    """What `leanseek VERB --help` prints on a wide terminal without colours; the list of verbs for ""."""
     printed = io.StringIO()
     with patch.dict(os.environ, {"COLUMNS": str(HELP_WIDTH), "NO_COLOR": "1"}), redirect_stdout(printed):
         app([*verb.split(), "--help"], prog_name="leanseek", standalone_mode=False)

@@ -168,11 +168,9 @@ def test_rooms_import_what_they_may() -> None:
 
 
 def test_the_table_itself_has_no_cycle() -> None:
-    rows = {
-        row: allowed for row, allowed in MAY_IMPORT.items() if allowed is not EVERYTHING and row != "train.pretrain"
-    }
-    # Each torch-free page of `parallel` that `plan` may read is a room of its own here.
-    graphlib.TopologicalSorter(rows).prepare()
+    rooms = {row: set(allowed) for row, allowed in MAY_IMPORT.items() if allowed is not EVERYTHING}
+    rooms["train"] |= rooms.pop("train.pretrain")  # one room; the pages of `parallel` that `plan` reads are apart
+    graphlib.TopologicalSorter(rooms).prepare()
 
 
 # Each offence is planted into a tree whose files are otherwise empty: the module, its source, and what must be said.
@@ -194,7 +192,7 @@ OFFENCES = [
     ("train.loop", "from leanseek.plan import hardware", "not in the row of train"),
     ("checkpoint", "from leanseek.ops.loss import IGNORE", "not in the row of checkpoint"),
     ("config", "from leanseek.data.shards import Data", "not in the row of config"),
-    ("eval.bpb", "import leanseek.demo", "not in the row of eval"),
+    ("eval.bpb", "def f():\n    import leanseek.demo", "not in the row of eval"),
     ("attic.old", "", "no row of the table"),
     ("cli", "from leanseek.train.pretrain import pretrain", "import it where it is called"),
     ("__init__", "from leanseek.serve.engine import LLM", "import it where it is called"),

@@ -441,13 +441,12 @@ def test_absorbed_equals_direct(shape: str, masked: bool, dtype: torch.dtype) ->
 
 
 def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
-    def cost(config: ModelConfig, form: str, queries: int, keys: int) -> int:
-        layer, heads = MLA(config).to("meta"), config.num_attention_heads
+    def cost(layer: MLA, form: str, queries: int, keys: int) -> int:
         parts = [
-            torch.empty(1, queries, heads, config.qk_nope_head_dim, device="meta"),
-            torch.empty(1, queries, heads, config.qk_rope_head_dim, device="meta"),
-            torch.empty(1, keys, config.kv_lora_rank, device="meta"),
-            torch.empty(1, keys, config.qk_rope_head_dim, device="meta"),
+            torch.empty(1, queries, layer.heads, layer.nope, device="meta"),
+            torch.empty(1, queries, layer.heads, layer.rope, device="meta"),
+            torch.empty(1, keys, layer.latent, device="meta"),
+            torch.empty(1, keys, layer.rope, device="meta"),
         ]
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():
@@ -455,17 +454,15 @@ def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
         return counter.get_total_flops()
 
     published = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    answers = []
     for changes in (published, {}, {"kv_lora_rank": 4}, {"kv_lora_rank": 40, "v_head_dim": 30}):
-        config = tiny(**changes)
-        answers = set()
-        for queries, keys in itertools.product(
-            (1, 2, 3, 7, 15, 16, 24, 150, 169, 170, 171), (1, 2, 8, 170, 1000, 40_000)
-        ):
+        layer = MLA(tiny(**changes)).to("meta")
+        for queries, keys in itertools.product((1, 2, 7, 15, 24, 169, 170, 171), (1, 2, 8, 170, 1000, 100_000)):
             if queries <= keys:
-                cheaper = cost(config, "absorbed", queries, keys) < cost(config, "direct", queries, keys)
-                assert MLA(config).absorbing_is_cheaper(queries, keys) == cheaper, (changes, queries, keys)
-                answers.add(cheaper)
-        assert answers == {True, False}
+                cheaper = cost(layer, "absorbed", queries, keys) < cost(layer, "direct", queries, keys)
+                assert layer.absorbing_is_cheaper(queries, keys) == cheaper, (changes, queries, keys)
+                answers.append(cheaper)
+    assert 20 < sum(answers) < len(answers) - 20
 
 
 @pytest.mark.parametrize("chunks", [[1] * 14, [14], [5, 1, 1, 4, 3], [12, 1, 1], [2, 12]], ids=str)

@@ -185,12 +185,12 @@ def test_linear_cross_entropy_gives_only_the_gradients_asked_for(
 ) -> None:
     hidden, weight, targets = loss_inputs(torch.float64, generator)
     both = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets), (hidden, weight))
-    inputs: Any = [x.detach().requires_grad_(need) for x, need in zip((hidden, weight), needed, strict=True)]
-    loss = linear_cross_entropy(*inputs, targets)
+    hidden, weight = (x.detach().requires_grad_(need) for x, need in zip((hidden, weight), needed, strict=True))
+    loss = linear_cross_entropy(hidden, weight, targets)
     assert loss.requires_grad == any(needed)
     if any(needed):
         loss.backward()
-    for x, need, expected in zip(inputs, needed, both, strict=True):
+    for x, need, expected in zip((hidden, weight), needed, both, strict=True):
         assert torch.equal(x.grad, expected) if need else x.grad is None
 
 

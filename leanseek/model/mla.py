@@ -93,7 +93,7 @@ class MLA(nn.Module):
         return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
-        """By multiplications per head: expanding costs C (N + V) for each key; absorbing costs as much for each query, and
-        2C + R instead of N + R + V for each pair."""
+        """Expanding costs C (N + V) multiplications for each key and head, absorbing as many for each query; and then
+        2C + R instead of N + R + V for each pair of them."""
         width = self.nope + self.value
         return queries * (self.latent * width + keys * (2 * self.latent - width)) < keys * self.latent * width

@@ -223,7 +223,7 @@ def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None 
     run = Path(run)
     config = read_run(run)
     place = _device(device)
-    checkpoint = newest(run, lambda line: print(f"leanseek: {line}", file=sys.stderr))
+    checkpoint = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
     if checkpoint is None:
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:

@@ -1,0 +1,241 @@
+"""The command line: each verb end to end on a tiny run, and one clear line with exit code 2 for what is wrong."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from leanseek.cli import main
+from leanseek.config import parse, recipe_names
+from tests.tiny import RECIPE, make_data, story
+
+FEW = "train.max_steps=6"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "run"
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", str(RECIPE), "--data", str(data), "--out", str(folder), FEW])
+    assert end.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def leanseek(capsys: pytest.CaptureFixture[str]):
+    """Runs a command: exit code, stdout, stderr."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        said = capsys.readouterr()
+        return int(end.value.code or 0), said.out, said.err
+
+    return call
+
+
+@pytest.fixture
+def refusal(leanseek):
+    """Runs a command that must be refused; returns its one line."""
+
+    def call(*arguments: object) -> str:
+        code, _, err = leanseek(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("leanseek: ")]
+        assert code == 2, err
+        assert len(lines) == 1, err
+        assert err.splitlines()[-1] == lines[0]
+        return lines[0]
+
+    return call
+
+
+# ── the verbs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_names_every_verb(leanseek) -> None:
+    code, out, _ = leanseek()
+    assert code == 0
+    assert all(verb in out for verb in ("demo", "recipes", "prepare", "pretrain", "eval", "generate", "chat"))
+
+
+def test_recipes(leanseek) -> None:
+    _, listed, _ = leanseek("recipes")
+    assert (
+        [line.split()[0] for line in listed.splitlines()] == recipe_names() == ["nano", "small", "v2-lite", "v2", "v3"]
+    )
+    for name in recipe_names():
+        _, printed, _ = leanseek("recipes", name)
+        parse(printed, name)
+
+
+def test_prepare_reports_what_it_did(leanseek, tmp_path: Path) -> None:
+    import random
+
+    dice = random.Random(1)
+    rows = [json.dumps({"text": story(dice)}) for _ in range(40)]
+    (tmp_path / "t.jsonl").write_text("\n".join([*rows, rows[0], "not json"]))
+    code, out, _ = leanseek("prepare", tmp_path / "t.jsonl", "--out", tmp_path / "D", "--vocab-size", 300)
+    assert code == 0
+    assert "1 exact" in out
+    assert "not JSON" in out
+    assert "t.jsonl line 42" in out
+    assert (tmp_path / "D" / "manifest.json").exists()
+
+
+def test_pretrain_says_how_to_go_on_and_prints_the_bill(leanseek, data: Path, tmp_path: Path) -> None:
+    code, out, err = leanseek("pretrain", RECIPE, "--data", data, "--out", tmp_path / "run", "train.max_steps=2")
+    assert code == 0
+    assert "the same command" in err
+    assert all(word in out for word in ("tokens", "FLOPs", "CPU-minutes", "$", "H800", "bits per byte"))
+
+
+def test_eval_prints_the_contract_keys(leanseek, run: Path, tmp_path: Path) -> None:
+    _, out, _ = leanseek("eval", run, "--json")
+    on_validation = json.loads(out)
+    assert set(on_validation) == {"bpb", "bytes", "tokens"}
+    assert on_validation["bpb"] == pytest.approx(json.loads((run / "receipt.json").read_text())["bpb"], rel=1e-6)
+    text = tmp_path / "t.jsonl"
+    text.write_text(json.dumps({"text": "Ada found a lamp."}) + "\n")
+    _, out, _ = leanseek("eval", run, "--tasks", "bpb", "--text", text, "--json")
+    assert json.loads(out)["bytes"] == 17
+
+
+def test_generate(leanseek, run: Path) -> None:
+    ask = ("generate", run, "--prompt", "Ada found", "--max-tokens", 12, "--seed", 3)
+    _, text, _ = leanseek(*ask)
+    _, again, _ = leanseek(*ask)
+    _, other, _ = leanseek(*ask[:-1], 4)
+    _, raw, _ = leanseek(*ask, "--raw")
+    assert text.startswith("Ada found")
+    assert text == again == raw
+    assert text != other
+    _, out, _ = leanseek(*ask, "--json")
+    answer = json.loads(out)
+    assert {"text", "token_ids", "prompt_tokens", "tokens_per_second"} <= set(answer)
+    assert len(answer["token_ids"]) <= 12
+    assert "Ada found" + answer["text"] == text.removesuffix("\n")
+
+
+def test_chat_streams_an_answer_per_line(run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "leanseek", "chat", str(run), "--max-tokens", "8"],
+        input="Who found the lamp?\nWhere?\n\n",
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout) > 2
+    assert "Traceback" not in done.stderr
+
+
+def test_chat_lets_the_oldest_exchange_go(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from leanseek.serve import chat
+    from leanseek.serve.sampling import Sampling
+
+    asked: list[int] = []
+    answer = chat._answer
+    monkeypatch.setattr(
+        chat, "_answer", lambda llm, messages, *rest: asked.append(len(messages)) or answer(llm, messages, *rest)
+    )
+    monkeypatch.setattr(
+        sys, "stdin", io.StringIO("one\ntwo\nthree\n" + "Ada found a lamp by the river. " * 40 + "\nfour\n")
+    )
+    chat.chat(run, None, 12, Sampling(temperature=0.0), seed=0)
+    assert asked[0] == 1
+    assert len(asked) == 4  # the overlong message was refused, not fatal
+    assert max(asked) < 7
+    assert "too long" in capsys.readouterr().err
+
+
+# ── bad input ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("pretran",), "pretrain"),
+        (("pretrain",), "RECIPE"),
+        (("pretrain", "nano", "--data", "D"), "--out"),
+        (("pretrain", "nanno", "--data", "D", "--out", "R"), "did you mean 'nano'"),
+        (("pretrain", "gone.toml", "--data", "D", "--out", "R"), "gone.toml"),
+        (("pretrain", "nano", "--data", "D", "--out", "R", "train.tken=1"), "did you mean 'tokens'"),
+        (("pretrain", "nano", "--data", "D", "--out", "R", "train.tokens=-1"), "train.tokens"),
+        (("pretrain", "nano", "--data", "D", "--out", "R", "model.num_experts_per_tok=17"), "n_routed_experts"),
+        (("pretrain", "nano", "--data", "D", "--out", "R", "nonsense"), "section.key=value"),
+        (("pretrain", "nano", "--data", "D", "--out", "R"), "D"),
+        (("recipes", "v4"), "v3"),
+        (("prepare", "gone.jsonl", "--out", "D"), "gone.jsonl"),
+        (("prepare", "x.txt", "--out", "D", "--vocab-size", "many"), "--vocab-size"),
+        (("generate", "gone", "--prompt", "x"), "gone"),
+        (("chat", "gone"), "gone"),
+        (("eval", "gone"), "gone"),
+    ],
+)
+def test_bad_arguments_are_one_line(
+    arguments: tuple[str, ...], words: str, refusal, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert words in refusal(*arguments)
+    assert not list(tmp_path.rglob("config.toml"))
+
+
+def test_empty_file(refusal, tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    assert "empty.jsonl" in refusal("prepare", tmp_path / "empty.jsonl", "--out", tmp_path / "D")
+    assert not (tmp_path / "D").exists()
+
+
+def test_wrong_encoding_names_the_byte(refusal, tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("Größe über Öl. ".encode("latin-1") * 20)
+    assert "byte 2" in refusal("prepare", tmp_path / "latin.txt", "--out", tmp_path / "D")
+
+
+def test_corrupted_shard(refusal, tmp_path: Path) -> None:
+    data = make_data(tmp_path, documents=20)
+    shard = next((data / "shards").glob("*.bin"))
+    content = bytearray(shard.read_bytes())
+    content[10] ^= 1
+    shard.write_bytes(content)
+    assert shard.name in refusal("pretrain", RECIPE, "--data", data, "--out", tmp_path / "R")
+
+
+def test_a_tokenizer_that_did_not_write_the_shards(refusal, data: Path, tmp_path: Path) -> None:
+    import shutil
+
+    other = make_data(tmp_path / "", documents=50, seed=3)
+    shutil.rmtree(other / "tokenizer")
+    shutil.copytree(data / "tokenizer", other / "tokenizer")
+    assert "tokenizer" in refusal("pretrain", RECIPE, "--data", other, "--out", tmp_path / "R")
+
+
+def test_a_run_with_no_whole_checkpoint(refusal, data: Path, tmp_path: Path, leanseek) -> None:
+    run = tmp_path / "run"
+    leanseek("pretrain", RECIPE, "--data", data, "--out", run, "train.max_steps=1")
+    for file in run.rglob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:50])
+    for arguments in (
+        ("generate", run, "--prompt", "x"),
+        ("pretrain", RECIPE, "--data", data, "--out", run, "train.max_steps=1"),
+    ):
+        assert "none of its" in refusal(*arguments)
+
+
+def test_options_out_of_range(refusal, run: Path) -> None:
+    assert "temperature" in refusal("generate", run, "--prompt", "x", "--temperature", -1)
+    assert "top_p" in refusal("generate", run, "--prompt", "x", "--top-p", 2)
+    assert "max_tokens" in refusal("generate", run, "--prompt", "x", "--max-tokens", 0)
+    assert "context" in refusal("generate", run, "--prompt", "Ada found a lamp. " * 100)
+    assert "did you mean 'bpb'" in refusal("eval", run, "--tasks", "bbp")
+    assert "gone.jsonl" in refusal("eval", run, "--text", "gone.jsonl")
