@@ -14,6 +14,7 @@ app = typer.Typer(
     name="leanseek",
     help="The whole DeepSeek-V3 system: text to tokenizer to training to a model that talks, and the bill.",
     add_completion=False,
+    context_settings={"max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -42,7 +43,7 @@ def demo(
 
 @app.command()
 def recipes(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one, resolved.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one, resolved.")] = None,
 ) -> None:
     """List the shipped recipes, or print one resolved."""
     from leanseek.config import read_recipe, recipe_names, to_toml
@@ -59,7 +60,7 @@ def prepare(
     inputs: Annotated[
         list[str],
         typer.Argument(
-            metavar="INPUT...",
+            metavar="INPUT",
             help=".txt, .jsonl (+.gz, .zst), .parquet, folders, hf:NAME; SOURCE=INPUT names a source.",
         ),
     ],

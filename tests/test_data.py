@@ -19,6 +19,7 @@ import zstandard
 
 from leanseek.config import BadInput, DataConfig, Stage
 from leanseek.data import prepare as prepare_module
+from leanseek.data import read
 from leanseek.data.clean import (
     BANDS,
     ROWS,
@@ -244,7 +245,7 @@ def test_duplicates_are_counted_and_removed(tmp_path: Path) -> None:
 def test_the_number_of_workers_changes_nothing(
     corpus: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "READ", 3000)  # many batches
+    monkeypatch.setattr(read, "READ", 3000)  # many batches
     half = write_jsonl(tmp_path / "half.jsonl", corpus[:200])
     other = write_jsonl(tmp_path / "other.jsonl", corpus[200:])
     report = prepare([half, f"rest={other}"], tmp_path / "D", vocab_size=600, workers=2)
@@ -296,7 +297,7 @@ def test_bad_rows_are_counted_by_kind_with_the_first_line(tmp_path: Path, monkey
     file = tmp_path / "rows.jsonl"
     file.write_text("\n".join(rows))
     for size in (1 << 20, 40):  # in one batch, and in many
-        monkeypatch.setattr(prepare_module, "READ", size)
+        monkeypatch.setattr(read, "READ", size)
         report = prepare([str(file)], tmp_path / f"D{size}")
         assert report.bad == {
             "not JSON": 2,
@@ -325,7 +326,7 @@ def test_replaced_bytes_keep_the_size_of_the_text_as_given(tmp_path: Path) -> No
 
 
 def test_a_jsonl_file_is_judged_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "READ", 100)
+    monkeypatch.setattr(read, "READ", 100)
     good = b'{"text": "a row of forty bytes or there"}\n'
     bad = b'{"text": "one \xff"}\n'
     file = tmp_path / "rows.jsonl"

@@ -227,7 +227,7 @@ def test_records_left_out_are_told(
     file = tmp_path / "t.jsonl"
     file.write_text(json.dumps({"text": "the fox"}) + "\n{broken\n")
     assert close(evaluate(run, ["bpb"], file), directly(vocabulary, ["the fox"]))
-    assert capsys.readouterr().err == f"leanseek: left out 1 records: not JSON; the first is {file} line 2\n"
+    assert capsys.readouterr().err == f"warning: left out 1 records: not JSON; the first is {file} line 2\n"
 
 
 def test_without_text_the_validation_split_of_the_run_is_scored(tmp_path: Path, vocabulary: Tokenizer) -> None:

@@ -217,6 +217,9 @@ def test_order_is_temperature_then_top_k_then_top_p_then_min_p() -> None:
     assert probabilities(logits, Sampling(0.5, 4, 0.9, 0.3)).tolist() == pytest.approx(
         [0, 1600 / 2225, 0, 0, 625 / 2225], rel=1e-6
     )
+    # Top-p before top-k would leave three tokens here, and min-p before top-p only one.
+    for sampling in (Sampling(top_k=3, top_p=0.7), Sampling(top_p=0.6, min_p=0.6)):
+        assert probabilities(logits, sampling).nonzero().flatten().tolist() == [1, 4]
 
 
 def chi_square(logits: Tensor, drawn_with: Sampling, expected: list[float], draws: int = 20_000) -> float:

@@ -3,18 +3,13 @@
 The result depends on the texts and their order only, never on the number of workers.
 """
 
-import gzip
-import importlib
-import json
 import multiprocessing
 import os
-import re
 import shutil
 import signal
 import sys
 import threading
 import time
-import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -22,28 +17,18 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Self
 
 import numpy as np
-import zstandard
 from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from leanseek.config import BadInput
-from leanseek.data.clean import (
-    WordHashes,
-    content_hash,
-    decode_utf8,
-    minhash,
-    near_duplicates,
-    repair_utf8,
-    too_damaged,
-)
+from leanseek.data.clean import WordHashes, content_hash, minhash, near_duplicates
+from leanseek.data.read import READ, Batch, Damage, Records, Source, batches, find_source, parse
 from leanseek.data.shards import ShardEntry, ShardWriter, write_manifest
 from leanseek.data.tokenizer import Tokenizer
 
-SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
-READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
 ALONE = 8 << 20  # bytes of input below which starting workers costs more than they save
 VALIDATION = 0.01  # share of the documents
 END_HELD_OUT = 0.05  # share of the bytes, where there is only one document
@@ -102,7 +87,7 @@ def prepare(
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: exists already; choose another --out or remove it")
-    sources = [_find(text) for text in inputs]  # every input is looked at before work begins
+    sources = [find_source(text) for text in inputs]  # every input is looked at before work begins
     given = Tokenizer.load(tokenizer) if tokenizer else None
     report = Report()
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
@@ -133,229 +118,23 @@ def prepare(
     return report
 
 
-# ── inputs ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclass(frozen=True)
-class Source:
-    """One input: its name in mixtures, and its files, or the name of a hub dataset."""
-
-    name: str
-    files: tuple[Path, ...] = ()
-    hub: str = ""
-    folder: bool = False
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Records of one file for one worker. `rows`: a whole text file, lines of JSONL, or texts (anything, None too)."""
-
-    kind: str  # text, jsonl, rows
-    source: int
-    where: str
-    rows: list[Any]
-    first: int = 1  # number of the first row
-    offset: int = 0  # of the first row in the file, in bytes
-    folder: bool = False
-
-
-@dataclass
-class Cleaned:
-    """What a worker makes of a batch: texts as UTF-8, and what was wrong."""
-
-    batch: Batch
-    texts: list[bytes] = field(default_factory=list)
-    raw_sizes: list[int] = field(default_factory=list)
-    hashes: list[bytes] = field(default_factory=list)
-    signatures: list[np.ndarray] = field(default_factory=list)
-    bad: dict[str, list[str]] = field(default_factory=dict)
-    size: int = 0
-    start: bytes = b""  # the first two bytes, where a UTF-16 mark would be
-    replaced: int = 0
-    first_replaced: int = -1
-
-
-def _find(text: str) -> Source:
-    name, equals, rest = text.partition("=")
-    if not equals or not name or Path(text).exists():
-        name, rest = "", text
-    if rest.startswith("hf:"):
-        hub = rest.removeprefix("hf:")
-        return Source(name or hub.rpartition("/")[2], hub=hub)
-    path = Path(rest)
-    if path.is_dir():
-        files = tuple(
-            file
-            for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts)
-            if SUFFIX.search(file.name)
-            and file.is_file()
-            and not any(part.startswith(".") for part in file.relative_to(path).parts)
-        )
-        if not files:
-            raise BadInput(f"{path}: no .txt, .md, .py, .rst, .jsonl (.gz, .zst) or .parquet file in this folder")
-        return Source(name or path.resolve().name, files, folder=True)
-    if not path.exists():
-        raise BadInput(f"{path}: no such file or folder")
-    if not SUFFIX.search(path.name):
-        raise BadInput(f"{path}: not a kind of file that is read: .txt, .md, .py, .rst, .jsonl (.gz, .zst), .parquet")
-    if path.stat().st_size == 0:
-        raise BadInput(f"{path}: the file is empty")
-    return Source(name or SUFFIX.sub("", path.name), (path,))
-
-
-def _batches(sources: list[Source]) -> Iterator[Batch]:
-    for number, source in enumerate(sources):
-        if source.hub:
-            yield from _hub_batches(number, source.hub)
-        for file in source.files:
-            suffix = SUFFIX.search(file.name)[1].lower()  # type: ignore[index]
-            if suffix == ".parquet":
-                yield from _parquet_batches(number, file)
-            elif suffix == ".jsonl":
-                yield from _line_batches(number, file)
-            else:
-                yield Batch("text", number, str(file), [b"".join(_chunks(file))], folder=source.folder)
-
-
-def _line_batches(source: int, file: Path) -> Iterator[Batch]:
-    first, offset, left = 1, 0, b""
-    for chunk in _chunks(file):
-        whole, newline, rest = chunk.rpartition(b"\n")
-        if not newline:
-            left += chunk
-            continue
-        rows = (left + whole).split(b"\n")
-        yield Batch("jsonl", source, str(file), rows, first, offset)
-        first, offset, left = first + len(rows), offset + len(left) + len(whole) + 1, rest
-    if left:
-        yield Batch("jsonl", source, str(file), [left], first, offset)
-
-
-def _chunks(file: Path) -> Iterator[bytes]:
-    """The unpacked bytes of a file, about a megabyte at a time."""
-    try:
-        if file.name.lower().endswith(".zst"):
-            yield from _unpack_zstd(file)
-            return
-        packed = file.name.lower().endswith(".gz")
-        with gzip.open(file, "rb") if packed else open(file, "rb") as stream:
-            while chunk := stream.read(READ):
-                yield chunk
-    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
-        raise BadInput(f"{file}: damaged or truncated archive ({error})") from None
-
-
-def _unpack_zstd(file: Path) -> Iterator[bytes]:
-    # Frame by frame by hand: the library's stream reader takes a truncated frame for the end of the file.
-    unpacker = None
-    with open(file, "rb") as stream:
-        while packed := stream.read(READ // 4):
-            while packed:
-                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
-                yield unpacker.decompress(packed)
-                packed = unpacker.unused_data
-                if unpacker.eof:
-                    unpacker = None
-    if unpacker is not None:
-        raise EOFError("the last frame is not complete")
-
-
-def _parquet_batches(source: int, file: Path) -> Iterator[Batch]:
-    try:
-        parquet = importlib.import_module("pyarrow.parquet")
-    except ImportError:
-        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install 'leanseek[data]'") from None
-    try:
-        table = parquet.ParquetFile(file)
-        if "text" not in table.schema_arrow.names:
-            raise BadInput(f"{file}: no column 'text', it has {', '.join(table.schema_arrow.names)}")
-        first = 1
-        for rows in table.iter_batches(batch_size=1024, columns=["text"]):
-            texts = rows.column(0).to_pylist()
-            yield Batch("rows", source, str(file), texts, first)
-            first += len(texts)
-    except ValueError as error:  # ArrowInvalid is one
-        raise BadInput(f"{file}: not a parquet file ({error})") from None
-
-
-def _hub_batches(source: int, name: str) -> Iterator[Batch]:
-    try:
-        hub = importlib.import_module("datasets")
-    except ImportError:
-        raise BadInput(f"hf:{name}: reading from the hub needs datasets: pip install datasets") from None
-    try:
-        rows = iter(hub.load_dataset(name, split="train", streaming=True))
-        first, texts = 1, []
-        for row in rows:
-            texts.append(row.get("text"))
-            if len(texts) == 256:
-                yield Batch("rows", source, f"hf:{name}", texts, first)
-                first, texts = first + len(texts), []
-        yield Batch("rows", source, f"hf:{name}", texts, first)
-    except (OSError, ValueError) as error:
-        raise BadInput(f"hf:{name}: cannot be read: {str(error).splitlines()[0]}") from None
-
-
 # ── cleaning, in the workers ──────────────────────────────────────────────────────────────────────────────────────
 
 
+@dataclass(frozen=True)
+class Cleaned:
+    """What a worker makes of a batch: its records, and of each text the hash and the MinHash signature."""
+
+    records: Records
+    hashes: list[bytes]
+    signatures: list[np.ndarray]
+
+
 def clean_batch(batch: Batch) -> Cleaned:
-    """Records to texts with hashes and signatures; a pure function. Raises BadInput for a named file in no UTF-8."""
-    done = Cleaned(batch)
-    hashes = WordHashes()
-    offset = batch.offset
-    for number, row in enumerate(batch.rows, batch.first):
-        where = f"{batch.where} line {number}" if batch.kind != "text" else batch.where
-        text, replaced = row, 0
-        if batch.kind == "text":
-            done.size += len(row)
-            try:
-                text, replaced = decode_utf8(row)
-            except BadInput as error:
-                if not batch.folder:
-                    raise BadInput(f"{batch.where}: {error}") from None
-                done.bad.setdefault("not UTF-8", []).append(f"{where} ({error})")
-                continue
-        elif batch.kind == "jsonl":
-            done.start = done.start or row[:2]
-            line, replaced, first = repair_utf8(row)
-            if replaced and done.first_replaced < 0:
-                done.first_replaced = offset + first
-            done.size += len(row) + 1
-            offset += len(row) + 1
-            if not line.strip():
-                continue
-            try:
-                parsed = json.loads(line)
-                text = parsed.get("text") if isinstance(parsed, dict) else None
-            except (ValueError, RecursionError):
-                done.replaced += replaced
-                done.bad.setdefault("not JSON", []).append(where)
-                continue
-        done.replaced += replaced
-        kind, encoded = _judge(text)
-        if kind:
-            done.bad.setdefault(kind, []).append(where)
-            continue
-        done.texts.append(encoded)
-        done.raw_sizes.append(len(encoded) - 2 * replaced)  # U+FFFD takes three bytes, what was given took one
-        done.hashes.append(content_hash(text))
-        done.signatures.append(minhash(text, hashes))
-        if batch.kind == "rows":
-            done.size += len(encoded)
-    done.batch = Batch(batch.kind, batch.source, batch.where, [], batch.first, batch.offset, batch.folder)
-    return done
-
-
-def _judge(text: Any) -> tuple[str, bytes]:
-    if not isinstance(text, str):
-        return 'no string "text"', b""
-    if not text.strip():
-        return "empty", b""
-    try:
-        return "", text.encode()
-    except UnicodeEncodeError:
-        return "half of a surrogate pair", b""
+    """A pure function. Raises BadInput for a named text file that is not UTF-8."""
+    records, words = parse(batch), WordHashes()
+    texts = [text.decode() for text in records.texts]
+    return Cleaned(records, [content_hash(text) for text in texts], [minhash(text, words) for text in texts])
 
 
 def _start_worker() -> None:
@@ -438,8 +217,9 @@ def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int,
     names = tuple(dict.fromkeys(source.name for source in sources))
     sizes, raw_sizes, numbers, signatures = [], [], [], []
     hashes: dict[bytes, None] = {}
-    damage = _Damage()
-    for done in _map_in_order(workers, _batches(sources)):
+    damage = Damage()
+    for cleaned in _map_in_order(workers, batches(sources)):
+        done = cleaned.records
         damage.add(done)
         report.bytes_in += done.size
         report.replaced_bytes += done.replaced
@@ -447,7 +227,7 @@ def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int,
             report.bad[kind] = report.bad.get(kind, 0) + len(places)
             report.first_bad.setdefault(kind, places[0])
         report.documents_in += len(done.texts)
-        for i, digest in enumerate(done.hashes):
+        for i, digest in enumerate(cleaned.hashes):
             if digest in hashes:
                 report.exact_duplicates += 1
                 continue
@@ -456,7 +236,7 @@ def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int,
             sizes.append(len(done.texts[i]))
             raw_sizes.append(done.raw_sizes[i])
             numbers.append(names.index(sources[done.batch.source].name))
-            signatures.append(done.signatures[i])
+            signatures.append(cleaned.signatures[i])
         phase.advance(done.size)
     damage.check()
     if not hashes:
@@ -466,33 +246,6 @@ def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int,
     return Documents(
         ends - sizes, np.array(sizes), np.array(raw_sizes), np.array(numbers), list(hashes), np.stack(signatures), names
     )
-
-
-@dataclass
-class _Damage:
-    """Undecodable bytes of the JSONL file being read; a file is judged as a whole, when it ends."""
-
-    where: str = ""
-    start: bytes = b""
-    size: int = 0
-    replaced: int = 0
-    first: int = -1
-
-    def add(self, done: Cleaned) -> None:
-        if done.batch.first == 1:
-            self.check()
-            self.where, self.start, self.size, self.replaced, self.first = done.batch.where, done.start, 0, 0, -1
-        if done.batch.kind == "jsonl":
-            self.size += done.size
-            self.first = done.first_replaced if self.first < 0 else self.first
-            self.replaced += done.replaced
-
-    def check(self) -> None:
-        if too_damaged(self.start, self.size, self.replaced):
-            raise BadInput(
-                f"{self.where}: not UTF-8: byte {self.first} is the first of {self.replaced} that cannot be decoded; "
-                "convert it first"
-            )
 
 
 def _deduplicate(documents: Documents, report: Report) -> Documents:

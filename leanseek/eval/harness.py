@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from leanseek.checkpoint import check_run, data_of, read_run
 from leanseek.config import BadInput, Config, nearest
-from leanseek.data.prepare import _batches, _Damage, _find, clean_batch
+from leanseek.data.read import read_texts
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
@@ -51,13 +51,6 @@ def _validation(run: Path, config: Config, tokenizer: Tokenizer) -> Documents:
 
 
 def _documents(file: Path, tokenizer: Tokenizer) -> Iterator[tuple[list[int], int]]:
-    """The documents of any text that `prepare` reads, read as strictly: ids, and bytes as given."""
-    damage = _Damage()
-    for batch in _batches([_find(str(file))]):
-        done = clean_batch(batch)
-        damage.add(done)
-        for kind, places in done.bad.items():
-            print(f"leanseek: left out {len(places)} records: {kind}; the first is {places[0]}", file=sys.stderr)
-        texts = [text.decode() for text in done.texts]
-        yield from zip(tokenizer.encode_batch(texts), done.raw_sizes, strict=True)
-    damage.check()
+    """The documents of a text file: ids, and bytes as given."""
+    for text, raw_bytes in read_texts(file, lambda line: print(f"warning: {line}", file=sys.stderr)):
+        yield tokenizer.encode(text), raw_bytes

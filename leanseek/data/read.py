@@ -1,0 +1,274 @@
+"""Documents out of files: text, JSONL (plain or packed), parquet, folders, hub datasets, and what is wrong in them."""
+
+import gzip
+import importlib
+import json
+import re
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zstandard
+
+from leanseek.config import BadInput
+from leanseek.data.clean import decode_utf8, repair_utf8, too_damaged
+
+SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
+READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: its name in mixtures, and its files, or the name of a hub dataset."""
+
+    name: str
+    files: tuple[Path, ...] = ()
+    hub: str = ""
+    folder: bool = False
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records of one file for one worker. `rows`: a whole text file, lines of JSONL, or texts (anything, None too)."""
+
+    kind: str  # text, jsonl, rows
+    source: int
+    where: str
+    rows: list[Any]
+    first: int = 1  # number of the first row
+    offset: int = 0  # of the first row in the file, in bytes
+    folder: bool = False
+
+
+@dataclass
+class Records:
+    """What is in a batch: texts as UTF-8 with the bytes each had as given, and what was wrong."""
+
+    batch: Batch
+    texts: list[bytes] = field(default_factory=list)
+    raw_sizes: list[int] = field(default_factory=list)
+    bad: dict[str, list[str]] = field(default_factory=dict)  # by kind: where
+    size: int = 0
+    start: bytes = b""  # the first two bytes, where a UTF-16 mark would be
+    replaced: int = 0
+    first_replaced: int = -1
+
+
+@dataclass
+class Damage:
+    """Undecodable bytes of the JSONL file being read; a file is judged as a whole, when it ends."""
+
+    where: str = ""
+    start: bytes = b""
+    size: int = 0
+    replaced: int = 0
+    first: int = -1
+
+    def add(self, done: Records) -> None:
+        if done.batch.first == 1:
+            self.check()
+            self.where, self.start, self.size, self.replaced, self.first = done.batch.where, done.start, 0, 0, -1
+        if done.batch.kind == "jsonl":
+            self.size += done.size
+            self.first = done.first_replaced if self.first < 0 else self.first
+            self.replaced += done.replaced
+
+    def check(self) -> None:
+        if too_damaged(self.start, self.size, self.replaced):
+            raise BadInput(
+                f"{self.where}: not UTF-8: byte {self.first} is the first of {self.replaced} that cannot be decoded; "
+                "convert it first"
+            )
+
+
+def read_texts(file: Path, warn: Callable[[str], None]) -> Iterator[tuple[str, int]]:
+    """The texts of one file as strictly as `prepare` reads them, each with its bytes as given. Raises BadInput."""
+    damage = Damage()
+    for batch in batches([find_source(str(file))]):
+        done = parse(batch)
+        damage.add(done)
+        for kind, places in done.bad.items():
+            warn(f"left out {len(places)} records: {kind}; the first is {places[0]}")
+        yield from zip((text.decode() for text in done.texts), done.raw_sizes, strict=True)
+    damage.check()
+
+
+def find_source(text: str) -> Source:
+    """An input as it was given, NAME=INPUT or INPUT, looked at but not read. Raises BadInput."""
+    name, equals, rest = text.partition("=")
+    if not equals or not name or Path(text).exists():
+        name, rest = "", text
+    if rest.startswith("hf:"):
+        hub = rest.removeprefix("hf:")
+        return Source(name or hub.rpartition("/")[2], hub=hub)
+    path = Path(rest)
+    if path.is_dir():
+        files = tuple(
+            file
+            for file in sorted(path.rglob("*"), key=lambda file: file.relative_to(path).parts)
+            if SUFFIX.search(file.name)
+            and file.is_file()
+            and not any(part.startswith(".") for part in file.relative_to(path).parts)
+        )
+        if not files:
+            raise BadInput(f"{path}: no .txt, .md, .py, .rst, .jsonl (.gz, .zst) or .parquet file in this folder")
+        return Source(name or path.resolve().name, files, folder=True)
+    if not path.exists():
+        raise BadInput(f"{path}: no such file or folder")
+    if not SUFFIX.search(path.name):
+        raise BadInput(f"{path}: not a kind of file that is read: .txt, .md, .py, .rst, .jsonl (.gz, .zst), .parquet")
+    if path.stat().st_size == 0:
+        raise BadInput(f"{path}: the file is empty")
+    return Source(name or SUFFIX.sub("", path.name), (path,))
+
+
+def batches(sources: list[Source]) -> Iterator[Batch]:
+    """All records of all sources, in order. Raises BadInput for a file that cannot be unpacked."""
+    for number, source in enumerate(sources):
+        if source.hub:
+            yield from _hub_batches(number, source.hub)
+        for file in source.files:
+            suffix = SUFFIX.search(file.name)[1].lower()  # type: ignore[index]
+            if suffix == ".parquet":
+                yield from _parquet_batches(number, file)
+            elif suffix == ".jsonl":
+                yield from _line_batches(number, file)
+            else:
+                yield Batch("text", number, str(file), [b"".join(_chunks(file))], folder=source.folder)
+
+
+def _line_batches(source: int, file: Path) -> Iterator[Batch]:
+    first, offset, left = 1, 0, b""
+    for chunk in _chunks(file):
+        whole, newline, rest = chunk.rpartition(b"\n")
+        if not newline:
+            left += chunk
+            continue
+        rows = (left + whole).split(b"\n")
+        yield Batch("jsonl", source, str(file), rows, first, offset)
+        first, offset, left = first + len(rows), offset + len(left) + len(whole) + 1, rest
+    if left:
+        yield Batch("jsonl", source, str(file), [left], first, offset)
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    """The unpacked bytes of a file, about a megabyte at a time."""
+    try:
+        if file.name.lower().endswith(".zst"):
+            yield from _unpack_zstd(file)
+            return
+        packed = file.name.lower().endswith(".gz")
+        with gzip.open(file, "rb") if packed else open(file, "rb") as stream:
+            while chunk := stream.read(READ):
+                yield chunk
+    except (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError) as error:
+        raise BadInput(f"{file}: damaged or truncated archive ({error})") from None
+
+
+def _unpack_zstd(file: Path) -> Iterator[bytes]:
+    # Frame by frame by hand: the library's stream reader takes a truncated frame for the end of the file.
+    unpacker = None
+    with open(file, "rb") as stream:
+        while packed := stream.read(READ // 4):
+            while packed:
+                unpacker = unpacker or zstandard.ZstdDecompressor().decompressobj()
+                yield unpacker.decompress(packed)
+                packed = unpacker.unused_data
+                if unpacker.eof:
+                    unpacker = None
+    if unpacker is not None:
+        raise EOFError("the last frame is not complete")
+
+
+def _parquet_batches(source: int, file: Path) -> Iterator[Batch]:
+    try:
+        parquet = importlib.import_module("pyarrow.parquet")
+    except ImportError:
+        raise BadInput(f"{file}: reading parquet needs pyarrow: pip install 'leanseek[data]'") from None
+    try:
+        table = parquet.ParquetFile(file)
+        if "text" not in table.schema_arrow.names:
+            raise BadInput(f"{file}: no column 'text', it has {', '.join(table.schema_arrow.names)}")
+        first = 1
+        for rows in table.iter_batches(batch_size=1024, columns=["text"]):
+            texts = rows.column(0).to_pylist()
+            yield Batch("rows", source, str(file), texts, first)
+            first += len(texts)
+    except ValueError as error:  # ArrowInvalid is one
+        raise BadInput(f"{file}: not a parquet file ({error})") from None
+
+
+def _hub_batches(source: int, name: str) -> Iterator[Batch]:
+    try:
+        hub = importlib.import_module("datasets")
+    except ImportError:
+        raise BadInput(f"hf:{name}: reading from the hub needs datasets: pip install datasets") from None
+    try:
+        rows = iter(hub.load_dataset(name, split="train", streaming=True))
+        first, texts = 1, []
+        for row in rows:
+            texts.append(row.get("text"))
+            if len(texts) == 256:
+                yield Batch("rows", source, f"hf:{name}", texts, first)
+                first, texts = first + len(texts), []
+        yield Batch("rows", source, f"hf:{name}", texts, first)
+    except (OSError, ValueError) as error:
+        raise BadInput(f"hf:{name}: cannot be read: {str(error).splitlines()[0]}") from None
+
+
+def parse(batch: Batch) -> Records:
+    """Records to texts; a pure function. Raises BadInput for a named text file that is not UTF-8."""
+    done = Records(batch)
+    offset = batch.offset
+    for number, row in enumerate(batch.rows, batch.first):
+        where = f"{batch.where} line {number}" if batch.kind != "text" else batch.where
+        text, replaced = row, 0
+        if batch.kind == "text":
+            done.size += len(row)
+            try:
+                text, replaced = decode_utf8(row)
+            except BadInput as error:
+                if not batch.folder:
+                    raise BadInput(f"{batch.where}: {error}") from None
+                done.bad.setdefault("not UTF-8", []).append(f"{where} ({error})")
+                continue
+        elif batch.kind == "jsonl":
+            done.start = done.start or row[:2]
+            line, replaced, first = repair_utf8(row)
+            if replaced and done.first_replaced < 0:
+                done.first_replaced = offset + first
+            done.size += len(row) + 1
+            offset += len(row) + 1
+            if not line.strip():
+                continue
+            try:
+                parsed = json.loads(line)
+                text = parsed.get("text") if isinstance(parsed, dict) else None
+            except (ValueError, RecursionError):
+                done.replaced += replaced
+                done.bad.setdefault("not JSON", []).append(where)
+                continue
+        done.replaced += replaced
+        kind, encoded = _judge(text)
+        if kind:
+            done.bad.setdefault(kind, []).append(where)
+            continue
+        done.texts.append(encoded)
+        done.raw_sizes.append(len(encoded) - 2 * replaced)  # U+FFFD takes three bytes, what was given took one
+        if batch.kind == "rows":
+            done.size += len(encoded)
+    done.batch = Batch(batch.kind, batch.source, batch.where, [], batch.first, batch.offset, batch.folder)
+    return done
+
+
+def _judge(text: Any) -> tuple[str, bytes]:
+    if not isinstance(text, str):
+        return 'no string "text"', b""
+    if not text.strip():
+        return "empty", b""
+    try:
+        return "", text.encode()
+    except UnicodeEncodeError:
+        return "half of a surrogate pair", b""
