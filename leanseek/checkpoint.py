@@ -1,7 +1,7 @@
 """The run folder: its anatomy, its lock, and checkpoints that survive a kill at any moment.
 
     RUN/config.toml                     the resolved configuration
-        run.json                        format version, place and fingerprint of the data
+        run.json                        format version, place and fingerprint of the data, whether it chats
         tokenizer/
         metrics.jsonl  receipt.json  spent.json
         checkpoints/step-00000120/      model/*.safetensors, optimizer/*.safetensors + groups.json, state.json,
@@ -88,10 +88,20 @@ def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None
     return merged
 
 
-def create_run(run: Path, config: Config, data_fingerprint: str, tokenizer: Path, data: Path) -> None:
-    """Make RUN hold `config`, a copy of the tokenizer's folder, the place of its data and an empty `checkpoints/`."""
+def create_run(
+    run: Path, config: Config, data_fingerprint: str, tokenizer: Path, data: Path, chats: bool = False
+) -> None:
+    """Make RUN hold `config`, a copy of the tokenizer's folder, the place of its data and an empty `checkpoints/`.
+
+    `chats` says that the run was taught to answer: a prompt then goes through the chat template unless asked raw.
+    """
     _make_folder(run)
-    facts = {"format_version": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "data": str(data.absolute())}
+    facts = {
+        "format_version": FORMAT_VERSION,
+        "data_fingerprint": data_fingerprint,
+        "data": str(data.absolute()),
+        "chats": chats,
+    }
     _write_whole(run / "run.json", _json(facts))
     _make_folder(run / "checkpoints")
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
@@ -110,6 +120,12 @@ def data_of(run: Path) -> Path:
     """The data folder an existing run was trained on, as it was called then. Raises BadInput."""
     read_run(run)
     return Path(_run_facts(run)["data"])
+
+
+def chats(run: Path) -> bool:
+    """Whether an existing run was taught to answer in chats. Raises BadInput."""
+    read_run(run)
+    return bool(_run_facts(run)["chats"])
 
 
 def cut_metrics(run: Path, step: int) -> dict[str, float]:

@@ -142,10 +142,16 @@ def generate(
 ) -> None:
     """One completion of a prompt."""
     import leanseek
+    from leanseek.checkpoint import chats
     from leanseek.serve.sampling import Sampling
 
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
-    completion = leanseek.load(run).generate(prompt, max_tokens, sampling, seed=seed, stop=stop or [])
+    llm = leanseek.load(run)
+    if raw or not chats(run):
+        completion = llm.generate(prompt, max_tokens, sampling, stop or [], seed)
+    else:
+        messages = [{"role": "user", "content": prompt}]
+        completion, prompt = llm.chat(messages, max_tokens, sampling, stop or [], seed), ""
     if as_json:
         keys = ("text", "token_ids", "prompt_tokens", "tokens_per_second", "finish_reason")
         print(json.dumps({key: getattr(completion, key) for key in keys}))

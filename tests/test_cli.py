@@ -125,6 +125,21 @@ def test_generate(leanseek, run: Path) -> None:
     assert "Ada found" + answer["text"] == text.removesuffix("\n")
 
 
+def test_generate_goes_through_the_template_where_a_run_chats(leanseek, run: Path, tmp_path: Path) -> None:
+    import shutil
+
+    chatty = tmp_path / "chatty"
+    shutil.copytree(run, chatty)
+    facts = json.loads((chatty / "run.json").read_text())
+    assert facts["chats"] is False
+    (chatty / "run.json").write_text(json.dumps({**facts, "chats": True}))
+    ask = ("generate", chatty, "--prompt", "Ada", "--max-tokens", 4, "--json")
+    templated, raw = (json.loads(leanseek(*ask, *more)[1])["prompt_tokens"] for more in ((), ("--raw",)))
+    plain = json.loads(leanseek("generate", run, *ask[2:])[1])["prompt_tokens"]
+    assert templated == raw + 2  # the marks of user and assistant
+    assert raw == plain
+
+
 def test_chat_streams_an_answer_per_line(run: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "leanseek", "chat", str(run), "--max-tokens", "8"],

@@ -189,13 +189,11 @@ def test_the_optimizers_hold_every_parameter_once_and_decay_matrices_only(name: 
     assert all(decay[id(p)] == (config.optimizer.weight_decay if p.dim() >= 2 else 0.0) for p in model.parameters())
 
 
-def test_muon_takes_no_embedding_head_gate_or_norm() -> None:
+def test_muon_takes_no_embedding_head_or_norm() -> None:
     model = model_of(tiny())
     muon = build_optimizers(model, OptimizerConfig(name="muon"))[0]
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
-    apart = {"embed_tokens.weight", "lm_head.weight"} | {
-        n for n, p in model.named_parameters() if p.dim() < 2 or n.endswith("gate.weight")
-    }
+    apart = {"embed_tokens.weight", "lm_head.weight"} | {n for n, p in model.named_parameters() if p.dim() < 2}
     assert {n for n, p in model.named_parameters() if id(p) not in taken} == apart
 
 

@@ -40,8 +40,8 @@ def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimi
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes it: attention, FFN, experts, `eh_proj`. Embedding, head, gate and norms stay with AdamW."""
-    return parameter.dim() >= 2 and not any(part in name for part in ("embed_tokens.", "lm_head.", ".gate.weight"))
+    """Whether Muon takes it: every matrix of the blocks and `eh_proj`. Embedding, head and norms stay with AdamW."""
+    return parameter.dim() >= 2 and not name.startswith(("embed_tokens.", "lm_head."))
 
 
 def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None:
