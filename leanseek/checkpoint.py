@@ -37,7 +37,7 @@ from torch.optim import Optimizer
 from leanseek.config import BadInput, Config, differences, read_config, to_toml
 
 FORMAT_VERSION = 1
-FILE_BYTES = 4 << 30  # a weight file is assembled in memory: large models are split into files of about this size
+FILE_BYTES = 1 << 29  # a weight file is assembled in memory: large models are split into files of about this size
 
 # what the same run may be continued with: none of it changes a single weight
 FREE_KEYS = ("max_steps", "max_seconds", "checkpoint_every", "keep_checkpoints", "eval_every")
@@ -318,11 +318,14 @@ def _load_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer]
 
 def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    file_of, index, filled = {}, 1, 0
+    file_of, sizes = {}, [0]
     for name, tensor in tensors.items():
-        if filled and filled + tensor.nbytes > FILE_BYTES:
-            index, filled = index + 1, 0
-        file_of[name], filled = index, filled + tensor.nbytes
+        if sizes[-1] and sizes[-1] + tensor.nbytes > FILE_BYTES:
+            sizes.append(0)
+        file_of[name] = len(sizes)
+        sizes[-1] += tensor.nbytes
+    # safetensors assembles a file in memory and aborts the process when it cannot; Python raises MemoryError instead.
+    bytearray(max(sizes))
     with _dcp_in_one_process():
         dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), file_of), no_dist=True)
 

@@ -350,7 +350,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(data: Path, tmp_path: Pat
 def test_too_little_memory_is_one_line(data: Path, tmp_path: Path) -> None:
     limit = 2 << 30
     line = refused(
-        *command(data, tmp_path / "run", "model.hidden_size=4096"),
+        *command(data, tmp_path / "run", "model.hidden_size=12000"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )
     assert "out of memory" in line
