@@ -1,4 +1,7 @@
-"""The whole DeepSeek-V3 system in readable PyTorch. Importing it costs nothing: each function imports its room."""
+"""DeepSeek-V3 in readable PyTorch: from raw text to a model that talks.
+
+Importing it costs nothing: each function imports its room.
+"""
 
 from os import PathLike
 from pathlib import Path

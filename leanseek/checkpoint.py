@@ -9,7 +9,7 @@
 
 Tensors go through torch DCP into safetensors, everything else into JSON: loading never unpickles. A checkpoint is
 written under a name that starts with a dot, checksummed, flushed to the disk and only then renamed, so a folder called
-`step-…` was whole when it got its name; what happens to it afterwards the checksums tell.
+`step-…` was whole when it got its name, and its checksums tell of damage done later.
 """
 
 import errno
@@ -102,7 +102,7 @@ def create_run(
         "data": str(data.absolute()),
         "chats": chats,
     }
-    _write_whole(run / "run.json", _json(facts))
+    write_json(run / "run.json", facts)
     _make_folder(run / "checkpoints")
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     _write_whole(run / "config.toml", to_toml(config).encode())  # last: a run with a configuration is complete
@@ -122,18 +122,26 @@ def data_of(run: Path) -> Path:
     return Path(_run_facts(run)["data"])
 
 
+def remember_data(run: Path, data: Path) -> None:
+    """Notes where an existing run's data are now, which may have moved."""
+    facts = _run_facts(run)
+    if facts["data"] != str(data.absolute()):
+        write_json(run / "run.json", {**facts, "data": str(data.absolute())})
+
+
 def chats(run: Path) -> bool:
     """Whether an existing run was taught to answer in chats. Raises BadInput."""
     read_run(run)
     return bool(_run_facts(run)["chats"])
 
 
-def cut_metrics(run: Path, step: int) -> dict[str, float]:
-    """Cut metrics.jsonl back to the lines with `step` ≤ the given one; a half-written line goes as well.
+def cut_metrics(run: Path, step: int, validated: int | None) -> dict[str, float]:
+    """Cut metrics.jsonl back to `step`, its validations back to step `validated`; a half-written line goes as well.
 
     Returns the largest `seconds`, `cpu_seconds` and `flops` of all lines, removed ones included, so that lost work is
     billed; they are kept in spent.json, or a run killed twice would forget the first loss. 0 where no line has one.
     """
+    last_validation = -1 if validated is None else validated
     path, remembered = run / "metrics.jsonl", run / "spent.json"
     spent = dict.fromkeys(("seconds", "cpu_seconds", "flops"), 0.0)
     if remembered.exists():
@@ -146,10 +154,10 @@ def cut_metrics(run: Path, step: int) -> dict[str, float]:
         except (ValueError, KeyError, TypeError):
             continue
         spent = {key: max(most, row.get(key, 0.0)) for key, most in spent.items()}
-        if at <= step:
+        if at <= (step if "loss" in row else last_validation):
             kept.append(line + b"\n")
     if b"".join(kept) != whole:
-        _write_whole(remembered, _json(spent))
+        write_json(remembered, spent)
         _write_whole(path, b"".join(kept))
     return spent
 
@@ -449,6 +457,11 @@ def _remove_leftovers(folder: Path) -> None:
 
 def _json(content: Any) -> bytes:
     return json.dumps(content, indent=1).encode() + b"\n"
+
+
+def write_json(path: Path, content: Any) -> None:
+    """JSON for people and programs, replaced in one move."""
+    _write_whole(path, _json(content))
 
 
 def _write_whole(path: Path, content: bytes) -> None:

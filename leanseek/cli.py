@@ -1,27 +1,29 @@
 """The command line: verbs to functions. It parses, loads and calls; what a verb does is written in its room."""
 
 import errno
+import io
 import json
+import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 
-from leanseek.config import BadInput
+from leanseek.config import BadInput, read_recipe, recipe_names, to_toml
 
 app = typer.Typer(
     name="leanseek",
-    help="The whole DeepSeek-V3 system: text to tokenizer to training to a model that talks, and the bill.",
+    help="DeepSeek-V3 in readable PyTorch: text to tokenizer to training to a model that talks, and the bill.",
     add_completion=False,
     context_settings={"max_content_width": 100},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
 
-UsageError: Any = typer.BadParameter.__bases__[
-    0
-]  # click's; typer carries a copy of click and exports only its children
+# click's own error: typer may carry a copy of click, and exports only the error's children
+UsageError: Any = typer.BadParameter.__bases__[0]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
@@ -31,7 +33,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 def demo(
     minutes: Annotated[float, typer.Option(help="About how long training may take.")] = 3.0,
     text: Annotated[
-        str | None, typer.Option(metavar="FILE|DIR", help="Your text; else this machine's Python sources.")
+        str | None, typer.Option(metavar="FILE|DIR|hf:NAME", help="Your text; else this machine's Python sources.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Where to put the run.")] = Path("runs/demo"),
 ) -> None:
@@ -46,8 +48,6 @@ def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one, resolved.")] = None,
 ) -> None:
     """List the shipped recipes, or print one resolved."""
-    from leanseek.config import read_recipe, recipe_names, to_toml
-
     if name is not None:
         print(to_toml(read_recipe(name)), end="")
         return
@@ -86,15 +86,14 @@ def pretrain(
     ] = None,
 ) -> None:
     """Train a model from scratch; the same command again goes on where it stopped."""
-    from leanseek.config import read_recipe
-
     config = read_recipe(recipe, overrides or [])
     from leanseek.train.pretrain import pretrain as run_pretrain
     from leanseek.train.receipt import printed
 
     receipt = run_pretrain(config, data, out)
     if receipt["ended"] != "complete":
-        print(f"stopped ({receipt['ended']}); the same command goes on from step {receipt['steps']}", file=sys.stderr)
+        how = "the same command" if receipt["ended"] == "interrupted" else f"a larger train.{receipt['ended']}"
+        print(f"stopped at step {receipt['steps']} ({receipt['ended']}): {how} goes on", file=sys.stderr)
     print(printed(receipt))
 
 
@@ -112,16 +111,13 @@ def evaluate(
 
     results = run_evaluate(run, tasks.split(","), text)
     if as_json:
-        print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))
+        print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))  # one task: its own object
         return
     for task, result in results.items():
-        print(
-            f"{task}: "
-            + ", ".join(
-                f"{key} {value:.4f}" if isinstance(value, float) else f"{key} {value:,}"
-                for key, value in result.items()
-            )
+        shown = (
+            f"{value:.4f} {key}" if isinstance(value, float) else f"{value:,} {key}" for key, value in result.items()
         )
+        print(f"{task}: {', '.join(shown)}")
 
 
 @app.command()
@@ -148,15 +144,11 @@ def generate(
     sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
     llm = leanseek.load(run)
     if raw or not chats(run):
-        completion = llm.generate(prompt, max_tokens, sampling, stop or [], seed)
+        completion, before = llm.generate(prompt, max_tokens, sampling, stop or [], seed), prompt
     else:
         messages = [{"role": "user", "content": prompt}]
-        completion, prompt = llm.chat(messages, max_tokens, sampling, stop or [], seed), ""
-    if as_json:
-        keys = ("text", "token_ids", "prompt_tokens", "tokens_per_second", "finish_reason")
-        print(json.dumps({key: getattr(completion, key) for key in keys}))
-    else:
-        print(prompt + completion.text)
+        completion, before = llm.chat(messages, max_tokens, sampling, stop or [], seed), ""
+    print(json.dumps(asdict(completion)) if as_json else before + completion.text)
 
 
 @app.command()
@@ -172,6 +164,8 @@ def chat(
     from leanseek.serve.chat import chat as run_chat
     from leanseek.serve.sampling import Sampling
 
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a stray byte must not end the conversation
     run_chat(run, system, max_tokens, Sampling(temperature=temperature, top_p=top_p), seed)
 
 
@@ -187,13 +181,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         sys.exit(130)
     except BadInput as error:
         _refuse(str(error))
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         reason = {errno.ENOSPC: "no space left on the disk"}.get(error.errno or 0, error.strerror or str(error))
         _refuse(f"{error.filename or 'disk'}: {reason}; what was saved before is untouched")
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        _refuse("out of memory: a smaller train.micro_batch needs less; what was saved before is untouched")
+        _refuse("out of memory: a smaller train.micro_batch, context or model needs less; what was saved is untouched")
     sys.exit(0)
 
 

@@ -135,10 +135,9 @@ class ModelConfig(Section):
 
 class TrainConfig(Section):
     tokens: int = Field(gt=0)  # the whole budget, over all stages
-    seed: int = Field(0, ge=0)
-    dtype: Literal["auto", "fp32", "bf16"] = (
-        "auto"  # auto: whichever multiplies matrices faster here, frozen in the run
-    )
+    seed: int = Field(0, ge=0, lt=2**63)
+    # auto: whichever multiplies matrices faster here, frozen in the run
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
@@ -167,7 +166,7 @@ class OptimizerConfig(Section):
 
 
 class Piece(Section):
-    """One stretch of a curve: ends with `value` at `until`; the first may say where it starts (default 0)."""
+    """One stretch of a curve: ends with `value` at `until`; begins with `start`, or where the one before ended."""
 
     until: float = Field(ge=0)
     value: float = Field(ge=0)

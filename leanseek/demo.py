@@ -2,46 +2,56 @@
 
 import ast
 import json
+import math
 import sys
 import sysconfig
 import time
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from leanseek import checkpoint, load
-from leanseek.config import Config, read_recipe
-from leanseek.data.loader import Loader
+from leanseek.config import BadInput, Config, read_recipe
 from leanseek.data.prepare import prepare
-from leanseek.data.shards import open_data
+from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.harness import evaluate
-from leanseek.model.transformer import Transformer
 from leanseek.serve.chat import chat
 from leanseek.serve.sampling import Sampling
-from leanseek.train.optim import build_optimizers
-from leanseek.train.pretrain import pretrain
+from leanseek.train.pretrain import assemble, pretrain, settled
 from leanseek.train.receipt import printed
 from leanseek.train.schedule import knobs
 from leanseek.train.step import train_step
 
-PROMPTS = ("def ", '"""Return the ', "This module ")
+SAMPLES, WORDS_GIVEN = 3, 5
 TRAINING_SHARE = 0.8  # of the minutes; the rest is validation, checkpoints and samples
 LEAST_DOCSTRING = 200  # characters
 
 
 def demo(minutes: float, text: str | None, run: Path) -> None:
-    """Runs the chain and prints what happens; the same call again takes up where it stopped."""
+    """Runs the chain and prints what happens; the same call again takes up where it stopped. Raises BadInput."""
+    if not 0 < minutes < math.inf:
+        raise BadInput(f"--minutes must be a positive number, got {minutes}")
+    run = run.absolute()
     data = run.with_name(run.name + "-data")
+    source = "" if text is None else str(Path(text).absolute()) if Path(text).exists() else text
+    remembered = data / "demo-text"
     if not (data / "manifest.json").exists():
         _say("1  text → tokenizer → shards")
         inputs = [text] if text is not None else text_at_hand(run.with_name(run.name + "-text"))
         for line in prepare(inputs, data, progress=sys.stderr.isatty()).lines():
             print(f"   {line}")
+        remembered.write_text(source, encoding="utf-8")
+    elif remembered.exists() and remembered.read_text(encoding="utf-8") != source:
+        raise BadInput(f"{run} was begun on other text: take another --out")
 
     _say("2  training: MLA, mixture of experts with loss-free balancing, multi-token prediction")
-    config = checkpoint.read_run(run) if (run / "config.toml").exists() else budgeted(minutes, data)
+    opened = open_data(data)
+    tokenizer = Tokenizer.load(opened.tokenizer_folder)
+    begun = (run / "config.toml").exists()
+    config = checkpoint.read_run(run) if begun else budgeted(minutes, opened, tokenizer)
     receipt = pretrain(config, data, run)
     if receipt["ended"] != "complete":
         print(f"stopped at step {receipt['steps']}; the same command goes on from there")
@@ -53,7 +63,7 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
 
     _say("4  samples, unedited")
     llm = load(run)
-    for seed, prompt in enumerate(PROMPTS):
+    for seed, prompt in enumerate(openings(opened, tokenizer)):
         completion = llm.generate(prompt, max_tokens=80, sampling=Sampling(temperature=0.7), seed=seed)
         print(f"{prompt}{completion.text}\n   …{completion.tokens_per_second:,.0f} tokens/s\n")
 
@@ -64,18 +74,14 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
         chat(run, None, 200, Sampling(temperature=0.7), seed=0)
 
 
-def budgeted(minutes: float, data: Path) -> Config:
+def budgeted(minutes: float, data: Data, tokenizer: Tokenizer) -> Config:
     """The nano recipe with the tokens that this machine can train in the given minutes, by three steps' measure."""
     config = read_recipe("nano")
-    opened = open_data(data)
-    tokenizer = Tokenizer.load(opened.tokenizer_folder)
-    loader = Loader(opened, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
-    model = Transformer(config.model)
-    model.initialise(config.train.init_std, torch.Generator().manual_seed(0))
-    optimizers = build_optimizers(model, config.optimizer)
+    config = config.model_copy(update={"train": settled(config.train)})
+    model, optimizers, loader = assemble(config, data, tokenizer)
     now = knobs(config.schedule, 0, config.train.tokens)
     batch = loader.batch(0, 0, now.batch_tokens // config.stages[0].sequence_length)
-    ids, targets = torch.from_numpy(batch.ids), torch.from_numpy(batch.targets)
+    ids, targets = (torch.from_numpy(array).to(config.train.device) for array in (batch.ids, batch.targets))
     seconds = []
     for _ in range(3):  # the first one also warms up
         begun = time.perf_counter()
@@ -84,6 +90,12 @@ def budgeted(minutes: float, data: Path) -> Config:
     steps = max(round(TRAINING_SHARE * 60 * minutes / min(seconds)), 1)
     train = config.train.model_copy(update={"tokens": steps * ids.numel()})
     return config.model_copy(update={"train": train})
+
+
+def openings(data: Data, tokenizer: Tokenizer) -> list[str]:
+    """The first words of a few documents it has not seen, to go on from."""
+    first = [tokenizer.decode(ids[:50].tolist()) for ids, _ in islice(data.documents("validation"), SAMPLES)]
+    return [" ".join(text.split(" ")[:WORDS_GIVEN]) for text in first]
 
 
 def text_at_hand(folder: Path) -> list[str]:

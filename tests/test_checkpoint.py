@@ -624,7 +624,7 @@ def test_a_damaged_or_later_run_is_named(tmp_path: Path, content: str, what: str
 
 
 def test_metrics_are_cut_back_and_lost_work_is_remembered(tmp_path: Path) -> None:
-    assert checkpoint.cut_metrics(tmp_path, 3) == {"seconds": 0.0, "cpu_seconds": 0.0, "flops": 0.0}
+    assert checkpoint.cut_metrics(tmp_path, 3, 3) == {"seconds": 0.0, "cpu_seconds": 0.0, "flops": 0.0}
     assert not list(tmp_path.iterdir())
     lines = [
         json.dumps({"step": s, "loss": 1 / s, "seconds": 10.0 * s, "cpu_seconds": 20.0 * s, "flops": 1e9 * s}) + "\n"
@@ -633,10 +633,10 @@ def test_metrics_are_cut_back_and_lost_work_is_remembered(tmp_path: Path) -> Non
     lines.insert(3, json.dumps({"step": 3, "bpb": 2.5}) + "\n")
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(lines) + '{"step": 6, "seconds": 6')
-    assert checkpoint.cut_metrics(tmp_path, 3) == {"seconds": 50.0, "cpu_seconds": 100.0, "flops": 5e9}
+    assert checkpoint.cut_metrics(tmp_path, 3, 3) == {"seconds": 50.0, "cpu_seconds": 100.0, "flops": 5e9}
     assert path.read_text() == "".join(lines[:4])
-    assert checkpoint.cut_metrics(tmp_path, 3)["flops"] == 5e9  # killed again before it logged anything
+    assert checkpoint.cut_metrics(tmp_path, 3, 3)["flops"] == 5e9  # killed again before it logged anything
     path.write_text("".join(lines[:4]).rstrip("\n"))  # whole but for the line end
-    checkpoint.cut_metrics(tmp_path, 3)
+    checkpoint.cut_metrics(tmp_path, 3, 3)
     assert path.read_text() == "".join(lines[:4])
     assert {p.name for p in tmp_path.iterdir()} == {"metrics.jsonl", "spent.json"}

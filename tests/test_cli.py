@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leanseek.cli import main
-from leanseek.config import parse, recipe_names
+from leanseek.config import parse, read_recipe, recipe_names
 from tests.tiny import RECIPE, make_data, story
 
 FEW = "train.max_steps=6"
@@ -94,7 +94,7 @@ def test_prepare_reports_what_it_did(leanseek, tmp_path: Path) -> None:
 def test_pretrain_says_how_to_go_on_and_prints_the_bill(leanseek, data: Path, tmp_path: Path) -> None:
     code, out, err = leanseek("pretrain", RECIPE, "--data", data, "--out", tmp_path / "run", "train.max_steps=2")
     assert code == 0
-    assert "the same command" in err
+    assert "a larger train.max_steps goes on" in err
     assert all(word in out for word in ("tokens", "FLOPs", "CPU-minutes", "$", "H800", "bits per byte"))
 
 
@@ -140,17 +140,30 @@ def test_generate_goes_through_the_template_where_a_run_chats(leanseek, run: Pat
     assert raw == plain
 
 
-def test_chat_streams_an_answer_per_line(run: Path) -> None:
+def test_chat_streams_as_the_answer_is_drawn(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Text reaches stdout between two tokens, not only at the end."""
+    from leanseek.serve import engine
+
+    out, seen, draw = io.StringIO(), [], engine.sample
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Who found the lamp?\nWhere?\n\n"))
+    monkeypatch.setattr(engine, "sample", lambda *args: seen.append(len(out.getvalue())) or draw(*args))
+    with pytest.raises(SystemExit) as end:
+        main(["chat", str(run), "--max-tokens", "12"])
+    assert end.value.code == 0
+    assert len({length for length in seen if length}) > 5
+    assert out.getvalue().count("\n") >= 2  # two answers
+
+
+def test_chat_as_a_process_takes_any_bytes(run: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "leanseek", "chat", str(run), "--max-tokens", "8"],
-        input="Who found the lamp?\nWhere?\n\n",
+        [sys.executable, "-m", "leanseek", "chat", str(run), "--max-tokens", "4"],
+        input=b"Gr\xf6\xdfe?\n\n",
         capture_output=True,
-        text=True,
         timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout) > 2
-    assert "Traceback" not in done.stderr
+    assert b"Traceback" not in done.stderr
 
 
 def test_chat_lets_the_oldest_exchange_go(
@@ -233,6 +246,49 @@ def test_a_tokenizer_that_did_not_write_the_shards(refusal, data: Path, tmp_path
     shutil.rmtree(other / "tokenizer")
     shutil.copytree(data / "tokenizer", other / "tokenizer")
     assert "tokenizer" in refusal("pretrain", RECIPE, "--data", other, "--out", tmp_path / "R")
+
+
+def test_a_run_of_another_configuration(refusal, run: Path, data: Path) -> None:
+    line = refusal("pretrain", RECIPE, "--data", data, "--out", run, FEW, "train.seed=3")
+    assert "train.seed" in line
+
+
+def test_demo_goes_from_text_to_samples_and_takes_up_where_it_stopped(
+    leanseek, refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import random
+
+    from leanseek import demo
+
+    monkeypatch.setattr(demo, "read_recipe", lambda name: read_recipe(str(RECIPE), ("model.vocab_size=4096",)))
+    monkeypatch.setattr(demo, "SAMPLES", 1)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal, no chat
+    dice = random.Random(0)
+    text = tmp_path / "stories.jsonl"
+    text.write_text("\n".join(json.dumps({"text": story(dice)}) for _ in range(200)))
+    ask = ("demo", "--minutes", 0.01, "--text", text, "--out", tmp_path / "demo")
+    code, out, _ = leanseek(*ask)
+    assert code == 0
+    assert all(f"── {n}" in out for n in (1, 2, 3, 4, 5))
+    assert out.count("tokens/s") == 1
+    receipt = json.loads((tmp_path / "demo" / "receipt.json").read_text())
+    assert receipt["tokens"] == read_recipe(str(tmp_path / "demo" / "config.toml")).train.tokens
+    code, again, _ = leanseek(*ask)
+    assert code == 0
+    assert "── 1" not in again
+    assert json.loads((tmp_path / "demo" / "receipt.json").read_text())["tokens"] == receipt["tokens"]
+    (tmp_path / "other.txt").write_text("Other text.\n" * 99)
+    assert "other text" in refusal("demo", "--text", tmp_path / "other.txt", "--out", tmp_path / "demo")
+    assert "--minutes" in refusal("demo", "--minutes", "nan", "--out", tmp_path / "x")
+
+
+def test_demo_finds_text_on_this_machine(tmp_path: Path) -> None:
+    from leanseek.demo import text_at_hand
+
+    code, prose = (Path(source.partition("=")[2]) for source in text_at_hand(tmp_path))
+    assert code.stat().st_size > 2e6
+    assert prose.stat().st_size > 2e5
+    assert all(json.loads(line)["text"].strip() for line in prose.read_text().splitlines())
 
 
 def test_a_run_with_no_whole_checkpoint(refusal, data: Path, tmp_path: Path, leanseek) -> None:

@@ -218,6 +218,19 @@ def test_a_validation_document_whenever_there_are_two(tmp_path: Path, count: int
     assert report.documents == {"train": max(count - 1, 1), "validation": min(count - 1, 1)}
 
 
+def test_damage_outside_the_text_does_not_shorten_it(tmp_path: Path) -> None:
+    rows = [json.dumps({"text": f"Story {n} is told once more, in full."}).encode() for n in range(400)]
+    rows[7] = b'{"text": "hi there, \xff friend", "title": "\xff\xff\xff"}'
+    file = tmp_path / "d.jsonl"
+    file.write_bytes(b"\n".join(rows))
+    report = prepare([str(file)], tmp_path / "D", 300)
+    assert report.replaced_bytes == 4
+    assert (
+        sum(report.bytes.values())
+        == sum(len(f"Story {n} is told once more, in full.") for n in range(400) if n != 7) + 18
+    )
+
+
 def test_a_single_document_validates_with_its_end(tmp_path: Path) -> None:
     book = tmp_path / "book.txt"
     lines = [f"Line {n} says that {n * n} is the square of {n}, naïvely.\n" for n in range(200)]

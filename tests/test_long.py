@@ -24,7 +24,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_nano_under_repeated_kills_on_all_cores_is_bit_identical(data: Path, tmp_path: Path) -> None:
-    overrides = ("train.tokens=30720", "schedule.batch_tokens.0.value=1024", "train.checkpoint_every=3")
+    overrides = (
+        "train.tokens=30720",
+        "schedule.batch_tokens.0.value=1024",
+        "train.checkpoint_every=3",
+        "train.dtype=fp32",
+    )
     command = [sys.executable, "-m", "leanseek", "pretrain", "nano", "--data", str(data), *overrides, "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=600)
     run, dice, kills = tmp_path / "killed", random.Random(0), 0

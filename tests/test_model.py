@@ -443,10 +443,10 @@ def test_absorbed_equals_direct(shape: str, masked: bool, dtype: torch.dtype) ->
 def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
     def cost(layer: MLA, form: str, queries: int, keys: int) -> int:
         parts = [
-            torch.empty(1, queries, layer.heads, layer.nope, device="meta"),
-            torch.empty(1, queries, layer.heads, layer.rope, device="meta"),
-            torch.empty(1, keys, layer.latent, device="meta"),
-            torch.empty(1, keys, layer.rope, device="meta"),
+            torch.empty(1, queries, layer.heads, layer.qk_nope_head_dim, device="meta"),
+            torch.empty(1, queries, layer.heads, layer.qk_rope_head_dim, device="meta"),
+            torch.empty(1, keys, layer.kv_lora_rank, device="meta"),
+            torch.empty(1, keys, layer.qk_rope_head_dim, device="meta"),
         ]
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="meta")
         with FlopCounterMode(display=False) as counter, torch.no_grad():

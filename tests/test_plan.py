@@ -113,10 +113,10 @@ def test_cache_is_the_latent_and_one_key() -> None:
 
 
 def test_h800_reference_gives_back_v3s_bill() -> None:
-    hours, usd = h800_cost(6 * 36.6e9 * 14.8e12)
+    hours, usd = h800_cost(flops_per_token(read_recipe("v3").model, 4096) * 14.8e12)
     assert hours == pytest.approx(2_664_000)
     assert usd == pytest.approx(5_328_000)
-    assert f"{H800_FLOPS_PER_SECOND / 989e12:.2f}" == "0.34"  # of the BF16 peak
+    assert 0.34 < H800_FLOPS_PER_SECOND / 989e12 < 0.45  # of the BF16 peak; 0.34 by 6·N·D alone
 
 
 def test_counting_runs_without_torch() -> None:

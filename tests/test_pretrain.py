@@ -1,8 +1,10 @@
 """A whole run: it learns, bills honestly, and never loses work, whenever and however it is stopped."""
 
+import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,18 +18,23 @@ import torch
 from safetensors.torch import load_file
 
 import leanseek.train.loop as loop
+import leanseek.train.peak as peak
+import leanseek.train.pretrain as pretrain_module
 import leanseek.train.step as step
 from leanseek import checkpoint
+from leanseek.cli import main
 from leanseek.config import BadInput, Config, read_recipe
 from leanseek.data.loader import Loader
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.plan.count import flops_per_token, h800_cost, parameters
+from leanseek.train.log import Log
 from leanseek.train.pretrain import pretrain
+from leanseek.train.schedule import Knobs
 from tests.tiny import RECIPE, make_data
 
 STEPS = 24
-ALWAYS = ("train.checkpoint_every=5", "train.eval_every=12")
+ALWAYS = ("train.checkpoint_every=5", "train.eval_every=12", "train.dtype=fp32")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +114,8 @@ def test_the_bill(undisturbed: Path) -> None:
     tokens = STEPS * 8 * 32
     flops = tokens * flops_per_token(config.model, 32)
     assert receipt["tokens"] == tokens
-    assert (receipt["params_total"], receipt["params_activated"]) == (counted.total_with_mtp, counted.activated)
+    assert (receipt["params_total"], receipt["params_activated"]) == (counted.total, counted.activated)
+    assert receipt["params_mtp"] == counted.mtp
     assert receipt["flops"] == pytest.approx(flops)
     assert receipt["device_hours"] == pytest.approx(receipt["seconds"] / 3600)
     assert receipt["cost_usd"] == pytest.approx(receipt["device_hours"] * config.cost.usd_per_device_hour)
@@ -134,6 +142,56 @@ def test_stopping_at_a_step_limit_and_going_on_is_bit_identical(name: str, data:
         )
     ours, theirs = tensors_of(runs[1]), tensors_of(runs[0])
     assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+
+
+def test_bf16_learns_and_goes_on_bit_identically(data: Path, tmp_path: Path) -> None:
+    asked = (
+        "train.dtype=bf16",
+        "optimizer.name=adamw",
+        "train.eval_tokens=1",
+        "train.tokens=2560",
+    )  # slow on many CPUs
+    for run, limits in ((tmp_path / "whole", (10,)), (tmp_path / "parts", (6, 10))):
+        for limit in limits:
+            pretrain(config_of(*asked, f"train.max_steps={limit}"), data, run)
+    ours, theirs = tensors_of(tmp_path / "parts"), tensors_of(tmp_path / "whole")
+    assert [key for key in theirs if not torch.equal(ours[key], theirs[key])] == []
+    assert all(tensor.dtype == torch.float32 for name, tensor in ours.items() if name.startswith("model/"))  # masters
+    losses = [row["loss"] for row in rows_of(tmp_path / "whole") if "loss" in row]
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    ("fp32", "bf16", "faster"), [(100.0, 3.0, "fp32"), (100.0, 120.0, "fp32"), (100.0, 190.0, "bf16")]
+)
+def test_auto_takes_bf16_only_where_it_is_clearly_faster(
+    fp32: float, bf16: float, faster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = {torch.float32: fp32, torch.bfloat16: bf16}
+    monkeypatch.setattr(peak, "matmul_peak", lambda device, dtype, size: rates[dtype])
+    assert peak.faster_dtype(torch.device("cpu")) == faster
+
+
+def test_a_run_keeps_the_dtype_it_began_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, asked = tmp_path / "run", config_of("train.dtype=auto", "train.max_steps=1")
+    monkeypatch.setattr(pretrain_module, "faster_dtype", lambda device: "fp32")
+    pretrain(asked, data, run)
+    monkeypatch.setattr(pretrain_module, "faster_dtype", lambda device: "bf16")
+    pretrain(asked, data, run)
+    assert read_recipe(str(run / "config.toml")).train.dtype == "fp32"
+
+
+def test_the_live_line_has_rate_share_of_peak_balance_and_time_left(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = Log(tmp_path, budget=4000, peak=1e9)
+    result = step.StepResult(2.0, 2.5, 0.0, 1.0, 0.25, True)
+    now = Knobs(learning_rate=0.1, batch_tokens=1000, bias_speed=0.0, mtp_weight=0.0)
+    with log:
+        log.step(loop.Progress(step=1, tokens=1000), result, now, tokens=1000, flops=5e8, seconds=2.0)
+    line = " ".join(capsys.readouterr().err.split())
+    for part in ("25%", "loss 2.000", "500 tokens/s", "250.0 MFLOP/s (25% of peak)", "MaxVio 0.25", "0:06 left"):
+        assert part in line
 
 
 def test_max_seconds_ends_a_run_early(data: Path, tmp_path: Path) -> None:
@@ -236,11 +294,15 @@ def forget_tokens(state: dict[str, Any], model: torch.nn.Module, optimizers: lis
     state["tokens"] = 0
 
 
-def forget_optimizer(state: dict[str, Any], model: torch.nn.Module, optimizers: list[Any]) -> None:
-    optimizers[-1].state.clear()
+def forget_momentum(state: dict[str, Any], model: torch.nn.Module, optimizers: list[Any]) -> None:
+    optimizers[0].state.clear()
 
 
-@pytest.mark.parametrize("forget", [None, forget_bias, forget_place, forget_tokens, forget_optimizer])
+def forget_moments(state: dict[str, Any], model: torch.nn.Module, optimizers: list[Any]) -> None:
+    optimizers[1].state.clear()
+
+
+@pytest.mark.parametrize("forget", [None, forget_bias, forget_place, forget_tokens, forget_momentum, forget_moments])
 def test_a_checkpoint_that_forgot_something_would_be_noticed(
     forget: Callable[..., None] | None, data: Path, tmp_path: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,6 +407,26 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(data: Path, tmp_path: Pat
     pretrain(config_of(), data, run)
     ours, theirs = tensors_of(run), tensors_of(undisturbed)
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+
+
+def test_no_space_left_says_so(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "checkpoints")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(SystemExit) as end:
+        main(["pretrain", str(RECIPE), "--data", str(data), "--out", str(tmp_path / "run"), *ALWAYS])
+    assert end.value.code == 2
+    assert "no space left" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_begun_on_a_device_that_is_not_here_is_refused(data: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(undisturbed, run)
+    text = (run / "config.toml").read_text()
+    (run / "config.toml").write_text(text.replace('device = "cpu"', 'device = "cuda"'))
+    with pytest.raises(BadInput, match="no such device"):
+        pretrain(config_of(), data, run)
 
 
 def test_too_little_memory_is_one_line(data: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from leanseek.train.optim import (
     Muon,
     as_matrices,
     build_optimizers,
+    forget_logits,
     orthogonalise,
     qk_clip,
     set_learning_rate,
@@ -218,6 +219,7 @@ def test_qk_clip_brings_the_largest_logit_to_the_threshold(q_lora: str) -> None:
     assert before.max() > threshold
     largest = qk_clip(model, threshold)
     assert largest >= before.max().item()
+    forget_logits(model)
     assert all(layer.self_attn.largest_logits.eq(0).all() for layer in model.layers.values())
     model(ids, positions)
     after = attention.largest_logits  # the first layer's input has not changed
@@ -323,14 +325,17 @@ def test_balancing_balances() -> None:
     assert max(violations[-5:]) < 0.5
 
 
-@pytest.mark.parametrize("where", ["loss", "gradient"])
+@pytest.mark.parametrize("where", ["loss", "gradient", "attention"])
 def test_a_step_that_is_not_finite_leaves_the_model_as_it_was(where: str) -> None:
-    config = tiny()
+    config = tiny("optimizer.qk_clip=100.0")
     model = model_of(config)
     optimizers = build_optimizers(model, config.optimizer)
+    watch_logits(model)
     train_step(model, optimizers, *batch_of(4), NOW, config)
-    if where == "loss":
-        model.norm.weight.data[0] = math.inf
+    broken = {"loss": model.norm.weight, "attention": model.layers["0"].input_layernorm.weight}.get(where)
+    if broken is not None:
+        whole = broken.data[0].item()
+        broken.data[0] = math.inf
     else:
         model.layers["1"].self_attn.o_proj.weight.register_hook(lambda grad: grad * math.nan)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
@@ -340,3 +345,18 @@ def test_a_step_that_is_not_finite_leaves_the_model_as_it_was(where: str) -> Non
         assert torch.equal(tensor, before[name]), name
     assert all(router.load.sum() == 0 for router in model.routers().values())
     assert all(p.grad is None for p in model.parameters())
+    if broken is not None:  # and the step after it is a good one
+        broken.data[0] = whole
+        assert train_step(model, optimizers, *batch_of(4, seed=2), NOW, config).finite
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+
+
+def test_a_depth_that_no_document_reaches_adds_nothing() -> None:
+    config = tiny("model.num_nextn_predict_layers=2")
+    model = model_of(config)
+    ids, targets = batch_of(2)
+    targets = targets.clone()
+    targets[:, 1:] = IGNORE
+    result = train_step(model, build_optimizers(model, config.optimizer), ids, targets, NOW, config)
+    assert result.finite
+    assert result.mtp_loss == 0

@@ -13,7 +13,7 @@ from typing import Any
 import zstandard
 
 from leanseek.config import BadInput
-from leanseek.data.clean import decode_utf8, repair_utf8, too_damaged
+from leanseek.data.clean import ESCAPED, decode_utf8, repair_utf8, too_damaged
 
 SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
@@ -251,6 +251,9 @@ def parse(batch: Batch) -> Records:
                 done.bad.setdefault("not JSON", []).append(where)
                 continue
         done.replaced += replaced
+        if replaced and batch.kind == "jsonl":  # from here on those in the text itself, not elsewhere in its line
+            damaged = json.loads(row.decode("utf-8", errors="surrogateescape").removeprefix("\ufeff"))
+            replaced = len(ESCAPED.findall(str(damaged.get("text"))))
         kind, encoded = _judge(text)
         if kind:
             done.bad.setdefault(kind, []).append(where)

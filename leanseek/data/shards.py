@@ -182,7 +182,9 @@ def open_data(folder: Path | str, verify: bool = True) -> Data:
             )
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         entries = [ShardEntry(**entry) for entry in manifest["shards"]]
-        fingerprint, _, _ = manifest["tokenizer"], manifest["vocab_size"], manifest["report"]
+        fingerprint = manifest["tokenizer"]
+        if missing := {"vocab_size", "report"} - manifest.keys():
+            raise KeyError(min(missing))
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{file}: corrupted ({error}); prepare the data again") from None
     tokenizer = Tokenizer.load(folder / "tokenizer")

@@ -35,7 +35,8 @@ def evaluate(run: Path | str, tasks: list[str], text: Path | str | None = None) 
     llm = LLM.load(run)
     documents = _validation(run, config, llm.tokenizer) if text is None else _documents(Path(text), llm.tokenizer)
     context = config.stages[-1].sequence_length
-    return {"bpb": asdict(bits_per_byte(llm.model, documents, context, llm.tokenizer.bos_id))}
+    bpb = bits_per_byte(llm.model, documents, context, llm.tokenizer.bos_id)
+    return {task: asdict(bpb) for task in tasks}
 
 
 def _validation(run: Path, config: Config, tokenizer: Tokenizer) -> Documents:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.rope import apply_rope, softmax_scale
-from leanseek.ops.attention import attention, largest_logits
+from leanseek.ops.attention import attention, largest_logits, masked_scores
 
 LATENT_NORM_EPS = 1e-6  # the released code gives its latent norms this constant, whatever rms_norm_eps says
 
@@ -32,8 +32,8 @@ class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.heads = config.num_attention_heads
-        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
-        self.latent = config.kv_lora_rank
+        self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
+        self.v_head_dim, self.kv_lora_rank = config.v_head_dim, config.kv_lora_rank
         self.scale = softmax_scale(config)
         queries = self.heads * config.qk_head_dim
         if config.q_lora_rank is None:
@@ -43,10 +43,10 @@ class MLA(nn.Module):
             self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
             self.q_b_proj = Linear(config.q_lora_rank, queries)
         self.compresses_queries = config.q_lora_rank is not None
-        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.latent + self.rope)
-        self.kv_a_layernorm = RMSNorm(self.latent, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(self.latent, self.heads * (self.nope + self.value))
-        self.o_proj = Linear(self.heads * self.value, config.hidden_size)
+        self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = Linear(self.kv_lora_rank, self.heads * (self.qk_nope_head_dim + self.v_head_dim))
+        self.o_proj = Linear(self.heads * self.v_head_dim, config.hidden_size)
         # Step-scoped, read and cleared by QK-clip; nothing is measured while it is None.
         self.largest_logits: Tensor | None = None
 
@@ -56,11 +56,10 @@ class MLA(nn.Module):
         """x [B, T, D], rope = cos, sin [B, T, R/2], mask bool [B, 1, T, S] or None for plain causal → [B, T, D]."""
         cos, sin = rope
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split(
-            [self.nope, self.rope], dim=-1
-        )  # [B, T, H, N], [.., R]
+        # q_nope [B, T, H, N] and q_rope [B, T, H, R]
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.latent, self.rope], dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent = self.kv_a_layernorm(latent)  # [B, T, C]
         k_rope = apply_rope(k_rope, cos, sin)  # [B, T, R], one key for all heads
         if cache is not None:
@@ -71,7 +70,11 @@ class MLA(nn.Module):
 
     def direct(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C], k_rope [B, S, R] → [B, T, H, V]."""
-        k_nope, v = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1)).split([self.nope, self.value], dim=-1)
+        k_nope, v = (
+            self.kv_b_proj(latent)
+            .unflatten(-1, (self.heads, -1))
+            .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
+        )
         k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)), dim=-1).transpose(1, 2)
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         if self.largest_logits is not None and self.training:
@@ -81,19 +84,18 @@ class MLA(nn.Module):
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """The same values without expanding the latent: one shared key of width C + R, one shared value of width C."""
         kv_b = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (self.heads, -1))  # [H, N + V, C]
-        w_uk, w_uv = kv_b.split([self.nope, self.value], dim=1)
-        q = torch.cat(
-            (torch.einsum("bthn,hnc->bhtc", q_nope, w_uk), q_rope.transpose(1, 2)), dim=-1
-        )  # [B, H, T, C + R]
+        w_uk, w_uv = kv_b.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        folded = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)
+        q = torch.cat((folded, q_rope.transpose(1, 2)), dim=-1)  # [B, H, T, C + R]
         k = torch.cat((latent, k_rope), dim=-1)[:, None]  # [B, 1, S, C + R]
-        scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
-        if mask is None:
-            mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1).to(latent.dtype)
+        weights = masked_scores(q, k, self.scale, mask).softmax(dim=-1).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Expanding costs C (N + V) multiplications for each key and head, absorbing as many for each query; and then
         2C + R instead of N + R + V for each pair of them."""
-        width = self.nope + self.value
-        return queries * (self.latent * width + keys * (2 * self.latent - width)) < keys * self.latent * width
+        width = self.qk_nope_head_dim + self.v_head_dim
+        return (
+            queries * (self.kv_lora_rank * width + keys * (2 * self.kv_lora_rank - width))
+            < keys * self.kv_lora_rank * width
+        )

@@ -1,9 +1,9 @@
 """DeepSeekMoE with auxiliary-loss-free balancing (report §2.1.2).
 
 B batch · T tokens in a row · N = B·T · D width · E routed experts · K chosen · F expert width.
-A token's experts are chosen by score plus bias and weighed by the score alone. After each optimizer step the bias of an
-overloaded expert is lowered and that of an underloaded one raised (`updated_bias`); a faint sequence-wise loss beside
-it keeps single sequences from extremes (`sequence_balance_loss`).
+A token's experts are chosen by score plus bias and weighted by the score alone. After each optimizer step the bias of
+an overloaded expert is lowered and that of an underloaded one raised (`updated_bias`); a faint sequence-wise loss
+beside it keeps single sequences from extremes (`sequence_balance_loss`).
 """
 
 from collections.abc import Callable
@@ -132,8 +132,8 @@ class LocalDispatcher:
 def sequence_balance_loss(scores: Tensor, k: int) -> Tensor:
     """Σᵢ fᵢ Pᵢ of each sequence (report eq. 17-20): scores [B, T, E] → [B].
 
-    f, the share of tokens that would choose expert i by raw score, has no gradient; P, the mean normalised score, has.
-    It is 1 when the load is even.
+    f, E ÷ K times the share of tokens that would choose expert i by raw score, carries no gradient; P, the mean
+    normalised score, does. The sum is 1 when the load is even.
     """
     tokens, n_experts = scores.shape[1:]
     chosen = scores.detach().topk(k, dim=-1).indices.flatten(1)  # [B, T·K]: no bias, no groups
@@ -147,8 +147,7 @@ def updated_bias(bias: Tensor, load: Tensor, speed: float, centred: bool = False
 
     `centred` takes the mean out of the step, so that the biases cannot drift together.
     """
-    load = load.to(torch.float64)
-    step = speed * (load.mean() - load).sign()
+    step = speed * (load.sum() - load * len(load)).sign()  # in integers: exact, and on every device
     if centred:
         step = step - step.mean()
     return bias + step.to(bias.dtype)
@@ -156,7 +155,8 @@ def updated_bias(bias: Tensor, load: Tensor, speed: float, centred: bool = False
 
 def max_violation(load: Tensor) -> float:
     """MaxVio of one layer: how far the busiest expert lies above the mean load, 0 when perfectly even."""
-    return (load.max() / load.double().mean()).item() - 1 if load.any() else 0.0
+    total = int(load.sum())
+    return int(load.max()) * len(load) / total - 1 if total else 0.0
 
 
 class _JoinLoss(torch.autograd.Function):

@@ -46,7 +46,7 @@ class Transformer(nn.Module):
         segments [B, T] isolates the samples packed into a row. With a cache, one LatentCache per layer, the new tokens
         attend to every cached position up to their own. The head is apart: `lm_head`.
         """
-        rope, mask = rotary(positions, self.config), attention_mask(positions, segments, cache is not None)
+        rope, mask = rotary(positions, self.config), attention_mask(positions, segments, cached=cache is not None)
         hidden = ids if self.embed_tokens is None else self.embed_tokens(ids).to(self.dtype)
         for index, layer in self.layers.items():
             hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)])
@@ -64,7 +64,7 @@ class Transformer(nn.Module):
         for k, module in enumerate(self.mtp.values(), start=1):
             kept = ids.shape[1] - k
             where = positions[:, :kept]
-            mask = attention_mask(where, None if segments is None else segments[:, :kept], False)
+            mask = attention_mask(where, None if segments is None else segments[:, :kept], cached=False)
             hidden = module(embedded[:, k:], hidden[:, :kept], rotary(where, self.config), mask)
             further.append(hidden)
         return further

@@ -24,17 +24,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
 
 def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """The same in the open, softmax in at least FP32; what `attention` is held against."""
-    scores = _masked_scores(q, k, scale, mask)
+    scores = masked_scores(q, k, scale, mask)
     return torch.softmax(scores, dim=-1).to(v.dtype) @ v
 
 
 @torch.no_grad()
 def largest_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """The largest attention logit of each head over the batch, [H]; what QK-clip watches."""
-    return _masked_scores(q, k, scale, mask).amax(dim=(0, 2, 3))
+    return masked_scores(q, k, scale, mask).amax(dim=(0, 2, 3))
 
 
-def _masked_scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def masked_scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    """Attention logits [B, H, T, S] in at least FP32, minus infinity where a query may not attend."""
     scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * scale
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()

@@ -7,16 +7,13 @@ from dataclasses import dataclass
 
 from leanseek.config import ModelConfig
 
-# What DeepSeek-V3's own pre-training says of an H800: 36.6B activated parameters (embedding lookup not counted), 14.8T
-# tokens (report §4), 2664K GPU hours at 2 USD (report table 1). Attention scores are not in this rate, as is usual for
-# the 6·N·D rule: about 3.4e14 FLOP/s, 34% of the BF16 peak.
-V3_ACTIVATED = 36.6e9
+# What DeepSeek-V3's own pre-training says of an H800: its FLOPs per token by the formula below, 14.8T tokens (report
+# §4), 2664K GPU hours at 2 USD (report table 1). 6·N·D alone, without attention and MTP, would say 3.4e14 FLOP/s.
+V3_FLOPS_PER_TOKEN = 260_649_271_296
 V3_TOKENS = 14.8e12
 V3_H800_HOURS = 2664e3
-H800_FLOPS_PER_SECOND = 6 * V3_ACTIVATED * V3_TOKENS / (V3_H800_HOURS * 3600)
+H800_FLOPS_PER_SECOND = V3_FLOPS_PER_TOKEN * V3_TOKENS / (V3_H800_HOURS * 3600)
 H800_USD_PER_HOUR = 2.0
-
-BYTES_PER_TRAINED_PARAMETER = 16  # weight, gradient and two moments, each FP32
 
 
 @dataclass(frozen=True)
@@ -120,9 +117,9 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, mtp: bo
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
 
 
-def training_bytes(config: ModelConfig) -> int:
-    """Bytes of weights, gradients and AdamW's two moments in FP32, MTP included; activations come on top."""
-    return BYTES_PER_TRAINED_PARAMETER * parameters(config).total_with_mtp
+def training_bytes(config: ModelConfig, moments: int = 2) -> int:
+    """Bytes of weights, gradients and moments (AdamW has two) in FP32, MTP included; activations come on top."""
+    return 4 * (2 + moments) * parameters(config).total_with_mtp
 
 
 def h800_cost(flops: float) -> tuple[float, float]:

@@ -235,7 +235,7 @@ def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None 
 
 def _device(name: str) -> torch.device:
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name not in ("cpu", "cuda", "mps"):
         raise BadInput(f"device must be auto, cpu, cuda or mps, got {name!r}")
     if name != "cpu" and not getattr(torch, name).is_available():

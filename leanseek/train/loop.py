@@ -81,28 +81,35 @@ def train(
     device = next(model.parameters()).device
     progress = _resume(run, model, optimizers, log)
     clock = _Clock(progress)
+    saved: Progress | None = None if progress.step == 0 else replace(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
-    rollbacks = 0
-    saved = replace(progress)
 
     def save() -> None:
         nonlocal saved
-        clock.stamp(progress)
-        saved = replace(progress)
-        checkpoint.save(run, progress.step, model, optimizers, asdict(progress), config.train.keep_checkpoints)
+        if saved != progress:
+            clock.stamp(progress)
+            checkpoint.save(run, progress.step, model, optimizers, asdict(progress), config.train.keep_checkpoints)
+            saved = replace(progress)
 
     def validate() -> None:
         if progress.bpb_step != progress.step:
-            progress.bpb, progress.bpb_step = evaluate(min(progress.stage, len(config.stages) - 1)), progress.step
+            stage = min(progress.stage, len(config.stages) - 1)
+            progress.bpb, progress.bpb_step = evaluate(stage), progress.step
             log.validation(progress.step, progress.tokens, progress.bpb)
 
-    if progress.step == 0:
-        save()  # there is always something to go back to
     with _signals() as asked_to_stop:
         while True:
             ending = _ending(config, progress, batches, clock, asked_to_stop)
-            if ending is not None:
+            if ending is not None or (progress.step % config.train.checkpoint_every == 0 and not bad):
+                save()  # at step 0 too: there is always something to go back to
+            if ending == "interrupted":
                 break
+            if ending is not None or (progress.step and progress.step % config.train.eval_every == 0):
+                validate()
+            if ending is not None:
+                save()
+                break
+
             begun = time.monotonic()
             if past := _skipped_until(progress):
                 progress.sample = past
@@ -125,8 +132,7 @@ def train(
                 progress.skipped_steps += 1
                 log.say(f"step {progress.step + 1}: loss or gradient is not finite; step skipped")
                 if len(bad) == config.train.rollback_after:
-                    rollbacks += 1
-                    if rollbacks > MOST_ROLLBACKS:
+                    if len(progress.skipped_windows) >= MOST_ROLLBACKS * len(bad):
                         raise BadInput(
                             f"{run}: training does not recover after {MOST_ROLLBACKS} rollbacks: lower its rate"
                         )
@@ -138,14 +144,6 @@ def train(
             progress.tokens += ids.numel()
             clock.stamp(progress)
             log.step(progress, result, now, ids.numel(), flops, time.monotonic() - begun)
-            if progress.step % config.train.eval_every == 0:
-                validate()
-            if progress.step % config.train.checkpoint_every == 0:
-                save()
-        if ending != "interrupted":
-            validate()
-        if saved != progress:
-            save()
     return progress, ending
 
 
@@ -171,7 +169,7 @@ def _resume(run: Path, model: Transformer, optimizers: list[Optimizer], log: Log
     if newest is None:
         return Progress()
     progress = _progress(checkpoint.load(newest, model, optimizers))
-    spent = checkpoint.cut_metrics(run, progress.step)  # with what was lost since the checkpoint
+    spent = checkpoint.cut_metrics(run, progress.step, progress.bpb_step)  # with what was lost since the checkpoint
     progress.seconds = max(progress.seconds, spent["seconds"])
     progress.cpu_seconds = max(progress.cpu_seconds, spent["cpu_seconds"])
     progress.flops = max(progress.flops, spent["flops"])
@@ -194,7 +192,7 @@ def _roll_back(
     progress = _progress(checkpoint.load(newest, model, optimizers))
     progress.skipped_windows = [*failed.skipped_windows, *bad]
     progress.skipped_steps, progress.flops = failed.skipped_steps, failed.flops
-    checkpoint.cut_metrics(run, progress.step)
+    checkpoint.cut_metrics(run, progress.step, progress.bpb_step)
     log.say(f"{len(bad)} such steps in a row: back to step {progress.step}, from where their text will be left out")
     return progress
 

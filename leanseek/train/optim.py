@@ -24,19 +24,24 @@ ADAM_RMS = 0.2  # the root mean square of a typical AdamW update (Liu et al., "M
 
 def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimizer]:
     """The optimizers that together hold every parameter once. Tensors of two or more dims decay, the others do not."""
-    muon = {name for name, p in model.named_parameters() if is_matrix(name, p)} if config.name == "muon" else set()
-    rest = [p for name, p in model.named_parameters() if name not in muon]
-    groups = [
-        {"params": [p for p in rest if p.dim() >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
+    single: list[nn.Parameter] = []
+    stacked: list[nn.Parameter] = []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if config.name == "muon" and is_matrix(name, parameter):
+            (stacked if name.endswith("gate_up_proj") else single).append(parameter)
+        else:
+            (decayed if parameter.dim() >= 2 else plain).append(parameter)
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
     ]
     adamw = AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
-    if not muon:
+    if config.name == "adamw":
         return [adamw]
-    stacked = [p for name, p in model.named_parameters() if name in muon and name.endswith("gate_up_proj")]
-    single = [p for name, p in model.named_parameters() if name in muon and not name.endswith("gate_up_proj")]
-    pieces: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
-    return [Muon(pieces, config.muon_momentum, config.weight_decay, config.muon_steps), adamw]
+    matrices: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
+    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps), adamw]
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -89,7 +94,7 @@ def as_matrices(p: Tensor, parts: int) -> Tensor:
 
 
 def orthogonalise(x: Tensor, steps: int) -> Tensor:
-    """The nearly orthogonal matrix nearest to each of a stack [n, r, c], by Newton-Schulz iteration."""
+    """For each matrix of a stack [n, r, c], about the nearest orthogonal one, by Newton-Schulz iteration."""
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
     m = x.mT if tall else x
@@ -112,19 +117,25 @@ def qk_clip(model: Transformer, threshold: float) -> float:
     """Shrinks each head whose largest logit passed the threshold, so that it would just have reached it.
 
     The factor is shared evenly between query and key where a head owns both; the rotary key belongs to all heads, so
-    there the query bears it alone. Clears the records and returns the largest logit seen.
+    there the query bears it alone. Returns the largest logit seen.
     """
     largest = 0.0
     for layer in _attention(model):
         assert layer.largest_logits is not None
         factor = (threshold / layer.largest_logits.clamp(min=threshold))[:, None, None]  # [H, 1, 1]
         query = (layer.q_b_proj if layer.compresses_queries else layer.q_proj).weight.unflatten(0, (layer.heads, -1))
-        query[:, : layer.nope] *= factor.sqrt()
-        query[:, layer.nope :] *= factor
-        layer.kv_b_proj.weight.unflatten(0, (layer.heads, -1))[:, : layer.nope] *= factor.sqrt()
+        query[:, : layer.qk_nope_head_dim] *= factor.sqrt()
+        query[:, layer.qk_nope_head_dim :] *= factor
+        layer.kv_b_proj.weight.unflatten(0, (layer.heads, -1))[:, : layer.qk_nope_head_dim] *= factor.sqrt()
         largest = max(largest, layer.largest_logits.max().item())
-        layer.largest_logits.zero_()
     return largest
+
+
+def forget_logits(model: Transformer) -> None:
+    """Clears the records of a step, also of one whose logits were not finite."""
+    for layer in _attention(model):
+        if layer.largest_logits is not None:
+            layer.largest_logits.zero_()
 
 
 def _attention(model: Transformer) -> list[MLA]:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.optim import Optimizer
 
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config, TrainConfig
@@ -33,17 +34,22 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
     with checkpoint.lock(run):
         stored = checkpoint.check_run(run, config, data.fingerprint)
         if stored is None:
-            config = config.model_copy(update={"train": _settled(config.train)})
+            config = config.model_copy(update={"train": settled(config.train)})
             _check_memory(config)
             checkpoint.create_run(run, config, data.fingerprint, data.tokenizer_folder, data_folder)
-        return _train(stored or config, data, tokenizer, run)
+        else:
+            config = stored
+            checkpoint.remember_data(run, data_folder)
+        if config.train.device != "cpu" and not getattr(torch, config.train.device).is_available():
+            raise BadInput(f"{run}: it runs on {config.train.device!r}, and there is no such device here")
+        return _train(config, data, tokenizer, run)
 
 
-def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
-    device, dtype = torch.device(config.train.device), DTYPES[config.train.dtype]
-    model = Transformer(config.model, dtype)
+def assemble(config: Config, data: Data, tokenizer: Tokenizer) -> tuple[Transformer, list[Optimizer], Loader]:
+    """What a run begins with: the initialised model on its device, its optimizers, and the batches."""
+    model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
-    model.to(device)
+    model.to(config.train.device)
     optimizers = build_optimizers(model, config.optimizer)
     if config.optimizer.qk_clip is not None:
         watch_logits(model)
@@ -51,13 +57,19 @@ def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[
         for block in model.layers.values():
             block.compile()
     loader = Loader(data, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
+    return model, optimizers, loader
+
+
+def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
+    device = torch.device(config.train.device)
+    model, optimizers, loader = assemble(config, data, tokenizer)
     documents = _validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
         return bits_per_byte(model, documents, config.stages[stage].sequence_length, tokenizer.bos_id).bpb
 
     flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
-    peak = matmul_peak(device, dtype, 1024 if device.type == "cpu" else 8192)
+    peak = matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192)
     with Log(run, config.train.tokens, peak) as log:
         log.say(f"{run}: {config.train.tokens:,} tokens on {device.type} in {config.train.dtype}")
         progress, ending = train(run, config, model, optimizers, loader, evaluate, flops, log)
@@ -75,13 +87,11 @@ def _for_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=ends)})
 
 
-def _settled(train: TrainConfig) -> TrainConfig:
+def settled(train: TrainConfig) -> TrainConfig:
     """`auto` replaced by what this machine has and does faster; the run keeps it from then on."""
     device = train.device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    elif device != "cpu" and not getattr(torch, device).is_available():
-        raise BadInput(f"train.device = {device!r}: there is no such device here")
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # mps only when asked for: nobody has run it yet
     dtype = faster_dtype(torch.device(device)) if train.dtype == "auto" else train.dtype
     return train.model_copy(update={"device": device, "dtype": dtype})
 
@@ -92,7 +102,7 @@ def _check_memory(config: Config) -> None:
         there = torch.cuda.get_device_properties(0).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = training_bytes(config.model)
+    needed = training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
     if needed > there:
         raise BadInput(
             f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "

@@ -1,9 +1,9 @@
 """The bill of a run: what it took, what it cost here, and what the same FLOPs would cost where V3 was trained."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from leanseek.checkpoint import write_json
 from leanseek.config import Config
 from leanseek.plan.count import h800_cost, parameters
 from leanseek.train.loop import Ending, Progress
@@ -16,7 +16,8 @@ def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending)
     h800_hours, h800_usd = h800_cost(progress.flops)
     receipt = {
         "tokens": progress.tokens,
-        "params_total": counted.total_with_mtp,
+        "params_total": counted.total,
+        "params_mtp": counted.mtp,
         "params_activated": counted.activated,
         "flops": progress.flops,
         "seconds": progress.seconds,
@@ -32,7 +33,7 @@ def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending)
         "skipped_steps": progress.skipped_steps,
         "ended": ending,
     }
-    (run / "receipt.json").write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+    write_json(run / "receipt.json", receipt)
     return receipt
 
 
@@ -41,7 +42,10 @@ def printed(receipt: dict[str, Any]) -> str:
     r = receipt
     rows = [
         ("tokens", f"{r['tokens']:,}"),
-        ("parameters", f"{r['params_total']:,} ({r['params_activated']:,} activated per token)"),
+        (
+            "parameters",
+            f"{r['params_total']:,} and {r['params_mtp']:,} for MTP; {r['params_activated']:,} activated per token",
+        ),
         ("compute", f"{r['flops']:.3g} FLOPs"),
         ("time", f"{r['seconds'] / 60:.1f} minutes, {r['cpu_seconds'] / 60:.1f} CPU-minutes"),
         ("cost", f"${r['cost_usd']:.4f} on {r['device']} at ${r['usd_per_device_hour']:g} per hour"),

@@ -29,7 +29,7 @@ def curve(pieces: tuple[Piece, ...], at: float) -> float:
     """The value at a point; a piece covers the points from the end of the one before up to, not including, its `until`.
 
     `constant` holds its value throughout; the other shapes lead there from the value before: `linear`, `cosine` (half a
-    period) or `sqrt`, which falls fast at first (1 − √x of the way is left).
+    period) or `sqrt`, fast at first (1 − √x of the way is left).
     """
     begin, value = 0.0, 0.0
     for piece in pieces:

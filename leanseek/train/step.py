@@ -15,7 +15,7 @@ from leanseek.config import Config
 from leanseek.model.moe import max_violation, updated_bias
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
-from leanseek.train.optim import qk_clip, set_learning_rate
+from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
 from leanseek.train.schedule import Knobs
 
 
@@ -36,20 +36,21 @@ def train_step(
     model.train()
     routers = model.routers().values()
     depths = len(model.mtp)
-    counts = [int((targets[:, k:] != IGNORE).sum()) for k in range(depths + 1)]  # valid targets of each depth
+    valid = [int((targets[:, k:] != IGNORE).sum()) for k in range(depths + 1)]  # targets of each depth
+    counts = [max(count, 1) for count in valid]  # a depth that no document reaches adds nothing
     for router in routers:
         router.balance_weight.fill_(config.train.balance_loss_alpha / ids.shape[0])
-    sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
+    sums = torch.zeros(depths + 1, dtype=torch.float64)
     for some_ids, some_targets in zip(
         ids.split(config.train.micro_batch), targets.split(config.train.micro_batch), strict=True
     ):
         losses = loss_sums(model, some_ids, some_targets)
-        sums += torch.stack(losses).detach()
+        sums += torch.stack(losses).detach().cpu()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
-    parameters = [p for p in model.parameters() if p.grad is not None]
+    parameters = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss, *further = (sums.cpu() / torch.tensor(counts)).tolist()
+    loss, *further = (sums / torch.tensor(counts)).tolist()
     finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
     if finite:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
@@ -75,6 +76,7 @@ def train_step(
     for router in routers:
         router.load.zero_()
         router.balance_loss.zero_()
+    forget_logits(model)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return result
