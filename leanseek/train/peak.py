@@ -9,7 +9,7 @@ LONG_ENOUGH = 1.0  # seconds
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, size: int, rounds: int = 5) -> float:
-    """FLOP/s of a square matmul [size, size]: the median of a few rounds after a warm-up, fewer where they take long."""
+    """FLOP/s of a square matmul [size, size]: median of a few rounds after a warm-up, fewer where they are slow."""
     x = torch.randn(size, size, device=device, dtype=dtype)
     seconds = []
     for _ in range(rounds + 1):
