@@ -114,10 +114,7 @@ def evaluate(
         print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))  # one task: its own object
         return
     for task, result in results.items():
-        shown = (
-            f"{value:.4f} {key}" if isinstance(value, float) else f"{value:,} {key}" for key, value in result.items()
-        )
-        print(f"{task}: {', '.join(shown)}")
+        print(f"{task} {result[task]:.4f} on {result['bytes']:,} bytes, {result['tokens']:,} tokens")
 
 
 @app.command()
