@@ -138,13 +138,12 @@ def generate(
     from leanseek.checkpoint import chats
     from leanseek.serve.sampling import Sampling
 
-    sampling = Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    sampling = Sampling(temperature, top_k, top_p, min_p, max_tokens, tuple(stop or ()), seed)
     llm = leanseek.load(run)
     if raw or not chats(run):
-        completion, before = llm.generate(prompt, max_tokens, sampling, stop or [], seed), prompt
+        completion, before = llm.generate(prompt, sampling), prompt
     else:
-        messages = [{"role": "user", "content": prompt}]
-        completion, before = llm.chat(messages, max_tokens, sampling, stop or [], seed), ""
+        completion, before = llm.chat([{"role": "user", "content": prompt}], sampling), ""
     print(json.dumps(asdict(completion)) if as_json else before + completion.text)
 
 
@@ -163,7 +162,7 @@ def chat(
 
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a stray byte must not end the conversation
-    run_chat(run, system, max_tokens, Sampling(temperature=temperature, top_p=top_p), seed)
+    run_chat(run, system, Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed))
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

@@ -64,14 +64,14 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     _say("4  samples, unedited")
     llm = load(run)
     for seed, prompt in enumerate(openings(opened, tokenizer)):
-        completion = llm.generate(prompt, max_tokens=80, sampling=Sampling(temperature=0.7), seed=seed)
+        completion = llm.generate(prompt, Sampling(temperature=0.7, max_tokens=80, seed=seed))
         print(f"{prompt}{completion.text}\n   …{completion.tokens_per_second:,.0f} tokens/s\n")
 
     _say("5  the bill")
     print(printed(receipt))
     print(f"\n  curves           {run / 'loss.png'}\n  talk to it       leanseek chat {run}")
     if sys.stdin.isatty():
-        chat(run, None, 200, Sampling(temperature=0.7), seed=0)
+        chat(run, None, Sampling(temperature=0.7))
 
 
 def budgeted(minutes: float, data: Data, tokenizer: Tokenizer) -> Config:

@@ -180,7 +180,7 @@ def test_chat_lets_the_oldest_exchange_go(
     monkeypatch.setattr(
         sys, "stdin", io.StringIO("one\ntwo\nthree\n" + "Ada found a lamp by the river. " * 40 + "\nfour\n")
     )
-    chat.chat(run, None, 12, Sampling(temperature=0.0), seed=0)
+    chat.chat(run, None, Sampling(temperature=0.0, max_tokens=12))
     assert asked[0] == 1
     assert len(asked) == 4  # the overlong message was refused, not fatal
     assert max(asked) < 7

@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,12 @@ from tests.oracle import tiny
 from tests.runs import CONTEXT, SPARE_ROWS, TEXT, make_run, model_of, tokenizer
 
 GREEDY = Sampling(temperature=0)
+
+
+def greedy(tokens: int) -> Sampling:
+    return replace(GREEDY, max_tokens=tokens)
+
+
 LONG = "the fox slept under the wall and the rain came over; nobody saw"  # enough for the direct form
 V2 = {"model_type": "deepseek_v2", "scoring_func": "softmax", "norm_topk_prob": False, "routed_scaling_factor": 1.0}
 YARN = {"type": "yarn", "factor": 4, "original_max_position_embeddings": 12, "mscale": 0.7, "mscale_all_dim": 1.0}
@@ -119,7 +126,7 @@ def test_greedy_over_the_cache_equals_recomputation(shape: str, vocabulary: Toke
     for prompt in ("the fox said", LONG):
         ids = [vocabulary.bos_id, *vocabulary.encode(prompt)]
         most = CONTEXT - len(ids)
-        found = llm.generate(prompt, most, GREEDY)
+        found = llm.generate(prompt, greedy(most))
         assert found.prompt_tokens == len(ids)
         assert found.token_ids == recomputed(llm, ids, most)
         assert len(set(found.token_ids)) > 5, "a model that repeats itself shows nothing"
@@ -130,7 +137,7 @@ def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypa
     monkeypatch.setattr(LayerCache, "append", lambda self, latent, key: whole(self, latent, key.roll(1, dims=-1)))
     llm = LLM(model_of(vocabulary), vocabulary)
     ids = [vocabulary.bos_id, *vocabulary.encode("the fox said")]
-    assert llm.generate("the fox said", 32, GREEDY).token_ids != recomputed(llm, ids, 32)
+    assert llm.generate("the fox said", greedy(32)).token_ids != recomputed(llm, ids, 32)
 
 
 def test_prompt_runs_once_in_direct_form_and_decoding_absorbed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +150,7 @@ def test_prompt_runs_once_in_direct_form_and_decoding_absorbed(llm: LLM, monkeyp
             return original(self, q, *rest)  # type: ignore[operator]
 
         monkeypatch.setattr(MLA, form, spy)
-    found = llm.generate(LONG, 4, GREEDY)
+    found = llm.generate(LONG, greedy(4))
     layers = llm.config.num_hidden_layers
     assert len(found.token_ids) == 4
     assert calls == [("direct", found.prompt_tokens)] * layers + [("absorbed", 1)] * 3 * layers
@@ -151,7 +158,7 @@ def test_prompt_runs_once_in_direct_form_and_decoding_absorbed(llm: LLM, monkeyp
 
 def test_weights_are_left_alone_and_no_router_counts(llm: LLM) -> None:
     assert not llm.model.training
-    llm.generate("the", 3)
+    llm.generate("the", Sampling(max_tokens=3))
     assert all(not router.load.any() for router in llm.model.routers().values())
 
 
@@ -267,9 +274,9 @@ def test_sampling_out_of_range(values: dict[str, float], says: str) -> None:
 
 
 def test_same_seed_same_text(llm: LLM) -> None:
-    first = llm.generate("the wall", 20, Sampling(temperature=1.5), seed=3)
-    assert first.token_ids == llm.generate("the wall", 20, Sampling(temperature=1.5), seed=3).token_ids
-    assert first.token_ids != llm.generate("the wall", 20, Sampling(temperature=1.5), seed=4).token_ids
+    first = llm.generate("the wall", Sampling(temperature=1.5, max_tokens=20, seed=3))
+    assert first.token_ids == llm.generate("the wall", Sampling(temperature=1.5, max_tokens=20, seed=3)).token_ids
+    assert first.token_ids != llm.generate("the wall", Sampling(temperature=1.5, max_tokens=20, seed=4)).token_ids
 
 
 def test_only_tokens_that_exist_are_drawn(vocabulary: Tokenizer) -> None:
@@ -279,7 +286,11 @@ def test_only_tokens_that_exist_are_drawn(vocabulary: Tokenizer) -> None:
         model.lm_head.weight[closed] = 10 * torch.randn(len(closed), model.config.hidden_size)
     llm = LLM(model, vocabulary)
     for sampling in (GREEDY, Sampling(temperature=5)):
-        drawn = {token for seed in range(5) for token in llm.generate("rain", 30, sampling, seed=seed).token_ids}
+        drawn = {
+            token
+            for seed in range(5)
+            for token in llm.generate("rain", replace(sampling, max_tokens=30, seed=seed)).token_ids
+        }
         assert len(drawn) > 3
         assert not drawn & set(closed)
 
@@ -291,7 +302,7 @@ def test_pieces_join_to_the_text_and_never_split_a_character(vocabulary: Tokeniz
     text = "the fox 狐 says “été” 🦊🦊 and 👩‍🚀, naïvely"
     ids = vocabulary.encode(text)
     assert len(ids) > len(text) / 2
-    pieces, whole = collected(Scripted(vocabulary, ids).stream("", 200))
+    pieces, whole = collected(Scripted(vocabulary, ids).stream(""))
     assert "".join(pieces) == whole.text == text
     assert whole.token_ids == ids
     assert whole.finish_reason == "stop"
@@ -302,7 +313,7 @@ def test_pieces_join_to_the_text_and_never_split_a_character(vocabulary: Tokeniz
 
 def test_a_character_that_is_never_completed(vocabulary: Tokenizer) -> None:
     ids = vocabulary.encode("old 🦊")[:-1]
-    pieces, whole = collected(Scripted(vocabulary, ids).stream("", 200))
+    pieces, whole = collected(Scripted(vocabulary, ids).stream(""))
     assert "".join(pieces) == whole.text == "old \ufffd" == vocabulary.decode(ids)
 
 
@@ -342,7 +353,7 @@ def test_stop_strings_across_token_borders(vocabulary: Tokenizer) -> None:
     across = 0
     for start in range(0, len(text) - 4, 3):
         stop = text[start : start + 4]
-        pieces, whole = collected(Scripted(vocabulary, ids).stream("", 200, stop=["no such", stop]))
+        pieces, whole = collected(Scripted(vocabulary, ids).stream("", Sampling(stop=("no such", stop))))
         assert "".join(pieces) == whole.text == text[: text.find(stop)]
         assert whole.finish_reason == "stop"
         across += any(start < border < start + 4 for border in borders)
@@ -350,14 +361,19 @@ def test_stop_strings_across_token_borders(vocabulary: Tokenizer) -> None:
 
 
 def test_what_looked_like_a_stop_string_is_given_out_in_the_end(vocabulary: Tokenizer) -> None:
-    found = Scripted(vocabulary, vocabulary.encode("the fox")).generate("", stop=["fox slept"])
+    found = Scripted(vocabulary, vocabulary.encode("the fox")).generate("", Sampling(stop=("fox slept",)))
     assert (found.text, found.finish_reason) == ("the fox", "stop")
-    found = Scripted(vocabulary, vocabulary.encode("the fox slept")).generate("", 2, stop=["fox slept"])
+    found = Scripted(vocabulary, vocabulary.encode("the fox slept")).generate(
+        "", Sampling(max_tokens=2, stop=("fox slept",))
+    )
     assert (found.text, found.finish_reason) == (vocabulary.decode(found.token_ids), "length")
 
 
 def test_one_stop_string_may_stand_alone(vocabulary: Tokenizer) -> None:
-    assert Scripted(vocabulary, vocabulary.encode("the fox slept")).generate("", stop=" slept").text == "the fox"
+    assert (
+        Scripted(vocabulary, vocabulary.encode("the fox slept")).generate("", Sampling(stop=(" slept",))).text
+        == "the fox"
+    )
 
 
 # ── where it ends ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -365,9 +381,9 @@ def test_one_stop_string_may_stand_alone(vocabulary: Tokenizer) -> None:
 
 def test_finish_reasons(vocabulary: Tokenizer) -> None:
     ids = vocabulary.encode("under the wall")
-    ended = Scripted(vocabulary, ids).generate("", 200)
+    ended = Scripted(vocabulary, ids).generate("")
     assert (ended.finish_reason, ended.token_ids) == ("stop", ids)
-    exactly = Scripted(vocabulary, ids).generate("", len(ids))
+    exactly = Scripted(vocabulary, ids).generate("", Sampling(max_tokens=len(ids)))
     assert (exactly.finish_reason, exactly.token_ids, exactly.text) == ("length", ids, "under the wall")
     assert ended.tokens_per_second > 0
 
@@ -376,39 +392,39 @@ def test_context_is_used_to_its_last_position_and_no_further(llm: LLM, vocabular
     never_ends = LLM(llm.model, vocabulary)
     never_ends.closed = llm.closed.clone()
     never_ends.closed[vocabulary.eos_id] = True
-    found = never_ends.generate("the fox", 10_000, GREEDY)
+    found = never_ends.generate("the fox", greedy(10_000))
     assert found.finish_reason == "length"
     assert found.prompt_tokens + len(found.token_ids) == CONTEXT + 1  # the last is drawn and never read
     ids = [vocabulary.bos_id] + [vocabulary.encode(" the")[0]] * (CONTEXT - 1)
     full = vocabulary.decode(ids[1:])
     assert [vocabulary.bos_id, *vocabulary.encode(full)] == ids
-    assert len(never_ends.generate(full, 10, GREEDY).token_ids) == 1
+    assert len(never_ends.generate(full, greedy(10)).token_ids) == 1
     with pytest.raises(BadInput, match=rf"prompt has {CONTEXT + 1} tokens, the model's context holds {CONTEXT}"):
         llm.stream(full + " the")  # at the call: nothing is drawn yet
 
 
 def test_empty_prompt_is_bos_alone(llm: LLM) -> None:
-    assert llm.generate("", 3, GREEDY).prompt_tokens == 1
-    assert llm.generate("", 3, GREEDY).token_ids == recomputed(llm, [llm.tokenizer.bos_id], 3)
+    assert llm.generate("", greedy(3)).prompt_tokens == 1
+    assert llm.generate("", greedy(3)).token_ids == recomputed(llm, [llm.tokenizer.bos_id], 3)
 
 
 def test_chat_goes_through_the_template(llm: LLM) -> None:
     messages = [{"role": "user", "content": "the fox"}]
     ids = llm.tokenizer.encode_chat(messages)
-    found = llm.chat(messages, 8, GREEDY)
+    found = llm.chat(messages, greedy(8))
     assert found.prompt_tokens == len(ids)
     assert found.token_ids == recomputed(llm, ids, 8)
-    pieces, whole = collected(llm.stream_chat(messages, 8, GREEDY))
+    pieces, whole = collected(llm.stream_chat(messages, greedy(8)))
     assert "".join(pieces) == whole.text == found.text
 
 
 def test_bad_options(llm: LLM) -> None:
     with pytest.raises(BadInput, match="max_tokens must be at least 1, got 0"):
-        llm.generate("", 0)
+        Sampling(max_tokens=0)
     with pytest.raises(BadInput, match="stop string must not be empty"):
-        llm.generate("", stop=["a", ""])
+        Sampling(stop=("a", ""))
     with pytest.raises(BadInput, match="seed must be a 64-bit integer"):
-        llm.generate("", seed=2**63)
+        Sampling(seed=2**63)
     with pytest.raises(BadInput, match="surrogate"):
         llm.generate("\ud800")
     with pytest.raises(BadInput, match="needs a role"):
@@ -426,7 +442,7 @@ def run(tmp_path: Path, llm: LLM) -> Path:
 def test_loaded_run_says_the_same(run: Path, llm: LLM) -> None:
     loaded = leanseek.load(run)
     assert isinstance(loaded, LLM)
-    assert loaded.generate("the", 12, GREEDY).token_ids == llm.generate("the", 12, GREEDY).token_ids
+    assert loaded.generate("the", greedy(12)).token_ids == llm.generate("the", greedy(12)).token_ids
     weights = llm.model.state_dict()
     model = leanseek.load_model(str(run))
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
@@ -442,7 +458,7 @@ def test_resting_in_bf16_changes_nothing_that_is_computed(run: Path) -> None:
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         assert torch.equal(resting.model(ids, positions), cast_when_used.eval()(ids, positions))
-    assert len(resting.generate("the", 4, GREEDY).token_ids) <= 4
+    assert len(resting.generate("the", greedy(4)).token_ids) <= 4
 
 
 def test_folders_that_are_no_run(tmp_path: Path, run: Path) -> None:

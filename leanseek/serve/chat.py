@@ -1,13 +1,14 @@
 """A conversation in the terminal: the answer appears as it is drawn; Ctrl-C stops it, an empty line or Ctrl-D ends."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from leanseek.serve.engine import LLM
 from leanseek.serve.sampling import Sampling
 
 
-def chat(run: Path, system: str | None, max_tokens: int, sampling: Sampling, seed: int) -> None:
+def chat(run: Path, system: str | None, sampling: Sampling) -> None:
     """Talks until told to stop. When a conversation outgrows the context, its oldest exchange is let go."""
     llm = LLM.load(run)
     opening = [] if system is None else [{"role": "system", "content": system}]
@@ -20,9 +21,9 @@ def chat(run: Path, system: str | None, max_tokens: int, sampling: Sampling, see
         if not exchanges:
             print(f"too long for the model's context of {llm.config.max_position_embeddings} tokens", file=sys.stderr)
             continue
-        answer = _answer(llm, [*opening, *exchanges], max_tokens, sampling, seed)
+        answer = _answer(llm, [*opening, *exchanges], sampling)
         exchanges.append({"role": "assistant", "content": answer})
-        seed += 1
+        sampling = replace(sampling, seed=sampling.seed + 1)
 
 
 def _fits(llm: LLM, messages: list[dict[str, str]]) -> bool:
@@ -36,10 +37,10 @@ def _ask() -> str:
         return ""
 
 
-def _answer(llm: LLM, messages: list[dict[str, str]], max_tokens: int, sampling: Sampling, seed: int) -> str:
+def _answer(llm: LLM, messages: list[dict[str, str]], sampling: Sampling) -> str:
     said = []
     try:
-        for piece in llm.stream_chat(messages, max_tokens, sampling, seed=seed):
+        for piece in llm.stream_chat(messages, sampling):
             print(piece, end="", flush=True)
             said.append(piece)
     except KeyboardInterrupt:

@@ -5,7 +5,7 @@ The prompt goes through the model in one pass; every further token is one pass o
 
 import sys
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -79,73 +79,38 @@ class LLM:
 
     # ── text in, text out ─────────────────────────────────────────────────────────────────────────────────────────
 
-    def generate(
-        self,
-        prompt: str,
-        max_tokens: int = 200,
-        sampling: Sampling = AS_IT_IS,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> Completion:
-        """Continue a text. Raises BadInput, as all four do, for a prompt or an option that cannot be served."""
-        return _drain(self.stream(prompt, max_tokens, sampling, stop, seed))
+    def generate(self, prompt: str, sampling: Sampling = AS_IT_IS) -> Completion:
+        """Continue a text. Raises BadInput, as all four do, for a prompt that cannot be served."""
+        return _drain(self.stream(prompt, sampling))
 
-    def stream(
-        self,
-        prompt: str,
-        max_tokens: int = 200,
-        sampling: Sampling = AS_IT_IS,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> Pieces:
+    def stream(self, prompt: str, sampling: Sampling = AS_IT_IS) -> Pieces:
         """`generate`, the text in pieces as they come: never half a character, never what a stop string may cut."""
-        return self._begin([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], max_tokens, sampling, stop, seed)
+        return self._begin([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], sampling)
 
-    def chat(
-        self,
-        messages: list[dict[str, Any]],
-        max_tokens: int = 400,
-        sampling: Sampling = AS_IT_IS,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> Completion:
+    def chat(self, messages: list[dict[str, Any]], sampling: Sampling = AS_IT_IS) -> Completion:
         """The assistant's answer to [{"role": …, "content": …}, …] through the chat template."""
-        return _drain(self.stream_chat(messages, max_tokens, sampling, stop, seed))
+        return _drain(self.stream_chat(messages, sampling))
 
-    def stream_chat(
-        self,
-        messages: list[dict[str, Any]],
-        max_tokens: int = 400,
-        sampling: Sampling = AS_IT_IS,
-        stop: Sequence[str] = (),
-        seed: int = 0,
-    ) -> Pieces:
+    def stream_chat(self, messages: list[dict[str, Any]], sampling: Sampling = AS_IT_IS) -> Pieces:
         """`chat`, in pieces as they come."""
-        return self._begin(self.tokenizer.encode_chat(messages), max_tokens, sampling, stop, seed)
+        return self._begin(self.tokenizer.encode_chat(messages), sampling)
 
     # ── the engine ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _begin(self, prompt: list[int], max_tokens: int, sampling: Sampling, stop: Sequence[str], seed: int) -> Pieces:
+    def _begin(self, prompt: list[int], sampling: Sampling) -> Pieces:
         """Checks now and generates later: a mistake shows at the call, not at the first piece."""
         context = self.config.max_position_embeddings
         if len(prompt) > context:
             raise BadInput(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
-        if max_tokens < 1:
-            raise BadInput(f"max_tokens must be at least 1, got {max_tokens}")
-        stop = (stop,) if isinstance(stop, str) else tuple(stop)
-        if "" in stop:
-            raise BadInput("a stop string must not be empty: it would stop everything")
-        if not -(2**63) <= seed < 2**63:
-            raise BadInput(f"seed must be a 64-bit integer, got {seed}")
-        return self._run(prompt, max_tokens, sampling, stop, seed)
+        return self._run(prompt, sampling)
 
-    def _run(self, prompt: list[int], max_tokens: int, sampling: Sampling, stop: tuple[str, ...], seed: int) -> Pieces:
+    def _run(self, prompt: list[int], sampling: Sampling) -> Pieces:
         # The last token of all is drawn but never read, so it needs no position.
-        most = min(max_tokens, self.config.max_position_embeddings - len(prompt) + 1)
+        most = min(sampling.max_tokens, self.config.max_position_embeddings - len(prompt) + 1)
         device = next(self.model.parameters()).device
         cache = Cache(self.config, 1, len(prompt) + most - 1, self.model.dtype, device)
-        generator = torch.Generator().manual_seed(seed)
-        held, decoder = StopStrings(stop), self.tokenizer.decode_stream()
+        generator = torch.Generator().manual_seed(sampling.seed)
+        held, decoder = StopStrings(sampling.stop), self.tokenizer.decode_stream()
         drawn: list[int] = []
         said: list[str] = []
         reason: Literal["stop", "length"] = "length"

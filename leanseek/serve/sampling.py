@@ -15,18 +15,23 @@ from leanseek.config import BadInput
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to draw; the defaults draw from the model's own distribution. Raises BadInput for a value out of range.
+    """How to draw, and when to stop; the defaults draw from the model's own distribution. Raises BadInput.
 
     temperature: divides the logits; 0 always takes the likeliest token, whatever the filters say.
     top_k: only the k likeliest tokens; 0 is no limit.
     top_p: only the fewest likeliest tokens that have this probability together; 1 is no limit.
     min_p: only tokens at least this fraction as likely as the likeliest; 0 is no limit.
+    max_tokens: at most so many tokens. stop: the text ends before the first of these strings.
+    seed: the same seed, the same text.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    max_tokens: int = 200
+    stop: tuple[str, ...] = ()
+    seed: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -37,6 +42,12 @@ class Sampling:
             raise BadInput(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise BadInput(f"min_p must be between 0 and 1, got {self.min_p}")
+        if self.max_tokens < 1:
+            raise BadInput(f"max_tokens must be at least 1, got {self.max_tokens}")
+        if isinstance(self.stop, str) or "" in self.stop:
+            raise BadInput("stop takes strings that are not empty: an empty one would stop everything")
+        if not -(2**63) <= self.seed < 2**63:
+            raise BadInput(f"seed must be a 64-bit integer, got {self.seed}")
 
 
 def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
