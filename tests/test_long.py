@@ -70,7 +70,7 @@ def test_the_bias_keeps_the_experts_busy_where_without_it_they_idle(data: Path, 
         assert worst["0.02", seed] < 0.6 * worst["0", seed], worst
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # of torch's own compiler, when it is imported
+@pytest.mark.filterwarnings("ignore")  # torch's compiler warns about itself, and fails where warnings are errors
 def test_compiled_blocks_train_the_same(data: Path, tmp_path: Path) -> None:
     losses = {}
     for compiled in ("false", "true"):
