@@ -71,7 +71,9 @@ def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[
     flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
     peak = matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192)
     with Log(run, config.train.tokens, peak) as log:
-        log.say(f"{run}: {config.train.tokens:,} tokens on {device.type} in {config.train.dtype}")
+        reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
+        of_text = f", the text read {reads:.1f} times" if reads > 1 else f", {reads:.0%} of the text"
+        log.say(f"{run}: {config.train.tokens:,} tokens{of_text}, on {device.type} in {config.train.dtype}")
         progress, ending = train(run, config, model, optimizers, loader, evaluate, flops, log)
     return write_receipt(run, config, progress, ending)
 
