@@ -100,14 +100,15 @@ def train(
     with _signals() as asked_to_stop:
         while True:
             ending = _ending(config, progress, batches, clock, asked_to_stop)
+            # Before a validation, which may take long, and at step 0 too: there is always something to go back to.
             if ending is not None or (progress.step % config.train.checkpoint_every == 0 and not bad):
-                save()  # at step 0 too: there is always something to go back to
+                save()
             if ending == "interrupted":
                 break
             if ending is not None or (progress.step and progress.step % config.train.eval_every == 0):
                 validate()
             if ending is not None:
-                save()
+                save()  # with the validation's result
                 break
 
             begun = time.monotonic()
