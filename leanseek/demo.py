@@ -1,12 +1,8 @@
 """The whole chain as one function to read: text, tokenizer, shards, training, evaluation, samples, the bill, a chat."""
 
-import ast
-import json
 import math
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,6 +10,7 @@ import torch
 
 from leanseek import checkpoint, load
 from leanseek.config import BadInput, Config, read_recipe
+from leanseek.data.at_hand import text_at_hand
 from leanseek.data.prepare import prepare
 from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
@@ -27,7 +24,6 @@ from leanseek.train.step import train_step
 
 SAMPLES, WORDS_GIVEN = 3, 5
 TRAINING_SHARE = 0.8  # of the minutes; the rest is validation, checkpoints and samples
-LEAST_DOCSTRING = 200  # characters
 
 
 def demo(minutes: float, text: str | None, run: Path) -> None:
@@ -96,37 +92,6 @@ def openings(data: Data, tokenizer: Tokenizer) -> list[str]:
     """The first words of a few documents it has not seen, to go on from."""
     first = [tokenizer.decode(ids[:50].tolist()) for ids, _ in islice(data.documents("validation"), SAMPLES)]
     return [" ".join(text.split(" ")[:WORDS_GIVEN]) for text in first]
-
-
-def text_at_hand(folder: Path) -> list[str]:
-    """Text that every machine with Python has: the standard library's sources, and their docstrings as prose."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "code.jsonl").open("w") as code, (folder / "prose.jsonl").open("w") as prose:
-        for source in _standard_library():
-            code.write(json.dumps({"text": source}) + "\n")
-            for docstring in _docstrings(source):
-                prose.write(json.dumps({"text": docstring}) + "\n")
-    return [f"code={folder / 'code.jsonl'}", f"prose={folder / 'prose.jsonl'}"]
-
-
-def _standard_library() -> Iterator[str]:
-    apart = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not apart & set(path.relative_to(root).parts):
-            yield path.read_text(encoding="utf-8", errors="replace")
-
-
-def _docstrings(source: str) -> Iterator[str]:
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
-            docstring = ast.get_docstring(node)
-            if docstring and len(docstring) >= LEAST_DOCSTRING:
-                yield docstring
 
 
 def _say(title: str) -> None:

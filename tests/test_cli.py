@@ -283,7 +283,7 @@ def test_demo_goes_from_text_to_samples_and_takes_up_where_it_stopped(
 
 
 def test_demo_finds_text_on_this_machine(tmp_path: Path) -> None:
-    from leanseek.demo import text_at_hand
+    from leanseek.data.at_hand import text_at_hand
 
     code, prose = (Path(source.partition("=")[2]) for source in text_at_hand(tmp_path))
     assert code.stat().st_size > 2e6

@@ -32,7 +32,8 @@ from leanseek.data.clean import (
     near_duplicates,
     repair_utf8,
 )
-from leanseek.data.loader import NO_TARGET, Loader, Rows, best_fit, concat, interleave
+from leanseek.data.loader import NO_TARGET, Loader
+from leanseek.data.packing import Rows, best_fit, concat, interleave
 from leanseek.data.prepare import clean_batch, prepare
 from leanseek.data.shards import Data, ShardWriter, open_data, write_manifest
 from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
