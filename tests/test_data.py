@@ -689,7 +689,7 @@ def test_concat_is_one_stream() -> None:
         assert tokens == (window[:-1] if len(window) == 17 and window[-1][1] == 0 else window)
 
 
-def test_a_million_short_documents_pack_in_seconds() -> None:
+def test_many_short_documents_leave_next_to_no_space() -> None:
     lengths = np.random.default_rng(0).integers(2, 60, 200_000)
     rows = best_fit(np.arange(200_000), lengths, 257)
     assert rows.length.sum() / len(rows) / 257 > 0.999

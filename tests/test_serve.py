@@ -455,7 +455,7 @@ def test_resting_in_bf16_changes_nothing_that_is_computed(run: Path) -> None:
     positions = torch.arange(ids.shape[1])[None]
     with torch.no_grad():
         assert torch.equal(resting.model(ids, positions), cast_when_used.eval()(ids, positions))
-    assert len(resting.generate("the", greedy(4)).token_ids) <= 4
+    assert 1 <= len(resting.generate("the", greedy(4)).token_ids) <= 4  # and it decodes over a BF16 cache
 
 
 def test_folders_that_are_no_run(tmp_path: Path, run: Path) -> None:
