@@ -594,17 +594,16 @@ def test_planned_flops_are_those_of_the_real_model(changes: dict[str, object], m
     def planned(mtp: bool) -> float:
         """By the plan's formula, each depth over its own T − k tokens, and what the plan leaves out on purpose."""
         flops = length * forward_flops_per_token(config, length, mtp=False)
-        runs = [(length, layers, layers - config.first_k_dense_replace)]  # tokens, blocks, mixtures
+        runs = [(length, layers)]  # tokens, blocks
         for k in range(1, depths + 1) if mtp else ():
             kept = length - k
             both, main = (forward_flops_per_token(config, kept, mtp=m) for m in (True, False))
             flops += kept * (both - main) / depths
-            runs.append((kept, 1, 1))
-        for tokens, blocks, mixtures in runs:
+            runs.append((kept, 1))
+        for tokens, blocks in runs:
             # The reference attention multiplies the masked half out: T² scores instead of T (T + 1) / 2.
             width = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
             flops += blocks * 2 * width * tokens * (tokens - 1) / 2
-            flops += mixtures * 2 * tokens * config.num_experts_per_tok * config.hidden_size  # the weighted sum
         return batch * flops
 
     with FlopCounterMode(display=False) as counter:

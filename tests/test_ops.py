@@ -10,7 +10,8 @@ from torch import Tensor
 
 from leanseek.ops import loss as loss_module
 from leanseek.ops.attention import attention, attention_reference, largest_logits
-from leanseek.ops.experts import grouped_linear, grouped_linear_reference, permute, sort_by_expert, unpermute
+from leanseek.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
+from leanseek.ops.experts import BLOCK, grouped_linear, grouped_linear_reference, lay_out, permute, unpermute
 from leanseek.ops.loss import IGNORE, linear_cross_entropy, token_losses
 
 
@@ -103,11 +104,27 @@ def test_grouped_linear_equals_its_reference(
         assert torch.allclose(y.double(), by_hand, rtol=0, atol=8 * tolerance)
 
 
-def test_sort_by_expert_keeps_the_order_of_tokens() -> None:
-    experts = torch.tensor([[2, 0], [0, 3], [3, 2]])
-    order, counts = sort_by_expert(experts, 5)
-    assert order.tolist() == [1, 2, 0, 5, 3, 4]
-    assert counts.tolist() == [2, 0, 2, 2, 0]
+def test_lay_out_keeps_the_order_of_tokens() -> None:
+    layout = lay_out(torch.tensor([[2, 0], [0, 3], [3, 2]]), 5)
+    assert layout.counts.tolist() == [2, 0, 2, 2, 0]
+    assert layout.source.tolist() == [0, 1, 0, 2, 1, 2]
+    assert layout.place.tolist() == [[2, 0], [1, 4], [5, 3]]
+
+
+@pytest.mark.parametrize("skew", [0.1, 3.0], ids=["even loads", "most tokens to few"])
+def test_padding_lies_between_the_experts_and_belongs_to_nobody(skew: float, generator: torch.Generator) -> None:
+    chances = (skew * torch.randn(8, generator=generator)).softmax(dim=0)
+    experts = torch.multinomial(chances.expand(600, 8), 2, generator=generator)
+    tight, padded = lay_out(experts, 8), lay_out(experts, 8, padded=True)
+    even = len(set(padded.counts.tolist())) == 1
+    assert even == (skew < 1)
+    assert even or not (padded.counts % BLOCK).any()
+    assert bool((padded.counts >= tight.counts).all())
+    assert padded.source.shape == (int(padded.counts.sum()),)
+    assert torch.equal(padded.source[padded.place], torch.arange(600)[:, None].expand(-1, 2))
+    expert_of_row = torch.repeat_interleave(torch.arange(8), padded.counts)
+    assert torch.equal(expert_of_row[padded.place], experts)
+    assert padded.place.unique().numel() == experts.numel()
 
 
 def slow_round_trip(x: Tensor, experts: list[list[int]], weights: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,16 +134,17 @@ def slow_round_trip(x: Tensor, experts: list[list[int]], weights: Tensor, scale:
     return torch.stack(rows), torch.stack(sums)
 
 
-def test_permute_and_unpermute_equal_a_slow_twin(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_permute_and_unpermute_equal_a_slow_twin(padded: bool, generator: torch.Generator) -> None:
     experts = torch.stack([torch.randperm(5, generator=generator)[:3] for _ in range(7)])
-    order, counts = sort_by_expert(experts, 5)
+    layout = lay_out(experts, 5, padded)
     x = torch.randn(7, 4, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.rand(7, 3, dtype=torch.float64, generator=generator).requires_grad_()
     scale = torch.randn(5, dtype=torch.float64, generator=generator)
-    rows = permute(x, order, 3)
-    sums = unpermute(rows * scale.repeat_interleave(counts)[:, None], order, weights)
+    rows = permute(x, layout)
+    sums = unpermute(rows * scale.repeat_interleave(layout.counts)[:, None], layout, weights)
     slow_rows, slow_sums = slow_round_trip(x, experts.tolist(), weights, scale)
-    assert torch.equal(rows, slow_rows)
+    assert torch.equal(rows[layout.place.flatten().sort().values], slow_rows)
     assert distance(sums, slow_sums) < 1e-14
     cotangent = torch.randn(7, 4, dtype=torch.float64, generator=generator)
     ours = torch.autograd.grad(sums, (x, weights), cotangent)
@@ -134,14 +152,45 @@ def test_permute_and_unpermute_equal_a_slow_twin(generator: torch.Generator) -> 
     assert all(distance(a, b) < 1e-14 for a, b in zip(ours, slow, strict=True))
 
 
-def test_permute_and_unpermute_pass_gradcheck(generator: torch.Generator) -> None:
+@pytest.mark.parametrize("padded", [False, True])
+def test_permute_and_unpermute_pass_gradcheck(padded: bool, generator: torch.Generator) -> None:
     experts = torch.stack([torch.randperm(4, generator=generator)[:2] for _ in range(5)])
-    order, _ = sort_by_expert(experts, 4)
+    layout = lay_out(experts, 4, padded)
     x = torch.randn(5, 3, dtype=torch.float64, generator=generator).requires_grad_()
-    rows = torch.randn(10, 3, dtype=torch.float64, generator=generator).requires_grad_()
+    rows = torch.randn(len(layout.source), 3, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.rand(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: permute(x, order, 2), (x,))
-    assert torch.autograd.gradcheck(lambda rows, weights: unpermute(rows, order, weights), (rows, weights))
+    assert torch.autograd.gradcheck(lambda x: permute(x, layout)[layout.place], (x,))
+    assert torch.autograd.gradcheck(lambda rows, weights: unpermute(rows, layout, weights), (rows, weights))
+
+
+# ── elementwise ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_norm_and_swiglu_equal_their_references(dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = torch.randn(2, 5, 12, generator=generator).to(dtype)
+    weight = torch.randn(12, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
+    pairs: list[Any] = [
+        (rms_norm, rms_norm_reference, (x, weight), (1e-3,), x.shape),
+        (swiglu, swiglu_reference, (x,), (), (2, 5, 6)),
+    ]
+    tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]
+    for ours, reference, inputs, further, shape in pairs:
+        cotangent = torch.randn(shape, generator=generator).to(dtype)
+        results = []
+        for function in (ours, reference):
+            leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+            y = function(*leaves, *further)
+            assert (y.shape, y.dtype) == (shape, dtype)
+            results.append((y, *torch.autograd.grad(y, leaves, cotangent)))
+        assert all(distance(a.double(), b.double()) < tolerance for a, b in zip(*results, strict=True))
+
+
+def test_norm_and_swiglu_pass_gradcheck(generator: torch.Generator) -> None:
+    x = torch.randn(3, 2, 6, dtype=torch.float64, generator=generator).requires_grad_()
+    weight = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-2), (x, weight))
+    assert torch.autograd.gradcheck(swiglu, (x,))
 
 
 # ── loss ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from leanseek.ops.elementwise import rms_norm, swiglu
+
 
 class Linear(nn.Module):
     """y = x Wᵀ, no bias: weight [out, in]."""
@@ -29,8 +31,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -43,4 +44,5 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate_up = torch.cat((self.gate_proj.weight, self.up_proj.weight)).to(x.dtype)  # one matmul instead of two
+        return self.down_proj(swiglu(F.linear(x, gate_up)))

@@ -75,8 +75,10 @@ class MLA(nn.Module):
             .unflatten(-1, (self.heads, -1))
             .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         )
-        k = torch.cat((k_nope, k_rope[:, :, None].expand(-1, -1, self.heads, -1)), dim=-1).transpose(1, 2)
-        q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
+        # Joined heads first, which is how attention reads them.
+        k_rope_of_all = k_rope[:, None].expand(-1, self.heads, -1, -1)
+        k = torch.cat((k_nope.transpose(1, 2), k_rope_of_all), dim=-1)
+        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), dim=-1)
         if self.largest_logits is not None and self.training:
             torch.maximum(self.largest_logits, largest_logits(q, k, self.scale, mask), out=self.largest_logits)
         return attention(q, k, v.transpose(1, 2), self.scale, mask).transpose(1, 2)

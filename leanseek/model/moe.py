@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import SwiGLU
-from leanseek.ops.experts import grouped_linear, permute, sort_by_expert, unpermute
+from leanseek.ops.elementwise import swiglu
+from leanseek.ops.experts import Layout, grouped_linear, lay_out, permute, unpermute, wants_padding
 from leanseek.ops.routing import route
 
 
@@ -108,8 +109,8 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], experts and weights [N, K] → [N, D]."""
         rows, counts, way_back = self.dispatcher.dispatch(x, experts)
-        gate, up = grouped_linear(rows, self.gate_up_proj.to(x.dtype), counts).chunk(2, dim=-1)
-        rows = grouped_linear(F.silu(gate) * up, self.down_proj.to(x.dtype), counts)
+        hidden = swiglu(grouped_linear(rows, self.gate_up_proj.to(x.dtype), counts))
+        rows = grouped_linear(hidden, self.down_proj.to(x.dtype), counts)
         return self.dispatcher.combine(rows, weights, way_back)
 
 
@@ -119,13 +120,13 @@ class LocalDispatcher:
     def __init__(self, n_experts: int) -> None:
         self.n_experts = n_experts
 
-    def dispatch(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """x [N, D], experts [N, K] → rows [N·K, D] sorted by expert, counts [E], and what `combine` needs."""
-        order, counts = sort_by_expert(experts, self.n_experts)
-        return permute(x, order, experts.shape[1]), counts, order
+    def dispatch(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Layout]:
+        """x [N, D], experts [N, K] → rows [P, D] sorted by expert, counts [E], and what `combine` needs."""
+        layout = lay_out(experts, self.n_experts, wants_padding(x, experts.numel(), self.n_experts))
+        return permute(x, layout), layout.counts, layout
 
-    def combine(self, rows: Tensor, weights: Tensor, way_back: Any) -> Tensor:
-        """rows [N·K, D], weights [N, K] → weighted sums [N, D]."""
+    def combine(self, rows: Tensor, weights: Tensor, way_back: Layout) -> Tensor:
+        """rows [P, D], weights [N, K] → weighted sums [N, D]."""
         return unpermute(rows, way_back, weights)
 
 

@@ -43,9 +43,9 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x₀, x₁), (x₂, x₃), … of x [..., R] by cos, sin [..., R/2]; the released weights' own layout."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1)
-    return turned.flatten(-2).to(x.dtype)
+    wide = x.to(torch.promote_types(x.dtype, cos.dtype)).contiguous()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # turning a pair is multiplying a complex number
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
 
 
 def softmax_scale(config: ModelConfig) -> float:

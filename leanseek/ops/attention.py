@@ -3,9 +3,17 @@
 B batch · H heads · T queries · S keys · dq query and key width · dv value width.
 """
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+
+# Up to this many keys a CPU holds all scores of a row of text in its cache, and a few large matmuls over them are faster
+# than PyTorch's flash kernel there, above all backward.
+FEW_KEYS = 512
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -15,9 +23,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None
     causal attention with T = S. Returns [B, H, T, dv].
     """
     width = v.shape[-1]
-    if q.device.type == "cpu" and width < q.shape[-1]:
+    if q.device.type == "cpu":
+        if q.requires_grad and k.shape[-2] <= FEW_KEYS:
+            return _FewKeys.apply(q, k, v, scale, mask)
         # PyTorch's flash kernel for CPU wants one width for all three; zero columns of v cost less than its slow path.
-        v = F.pad(v, (0, q.shape[-1] - width))
+        v = F.pad(v, (0, max(q.shape[-1] - width, 0)))
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
     return out[..., :width]
 
@@ -40,3 +50,28 @@ def masked_scores(q: Tensor, k: Tensor, scale: float, mask: Tensor | None) -> Te
     if mask is None:
         mask = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
     return scores.masked_fill(~mask, float("-inf"))
+
+
+class _FewKeys(torch.autograd.Function):
+    """Attention over the scores themselves, which are kept as probabilities for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+        heads = q.shape[:2]
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B·H, T or S, width]
+        if mask is None:
+            mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
+        closed = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
+        closed = closed.expand(*heads, -1, -1).flatten(0, -3) if closed.dim() > 2 else closed
+        p = torch.baddbmm(closed, q, k.mT, alpha=scale).softmax(dim=-1)  # [B·H, T, S]
+        ctx.save_for_backward(q, k, v, p)
+        ctx.scale = scale
+        return torch.bmm(p, v).unflatten(0, heads)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        q, k, v, p = ctx.saved_tensors
+        heads, grad = grad.shape[:2], grad.flatten(0, 1)
+        grad_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
+        grads = (grad_scores @ k).mul_(ctx.scale), (grad_scores.mT @ q).mul_(ctx.scale), p.mT @ grad
+        return *(g.unflatten(0, heads) for g in grads), None, None

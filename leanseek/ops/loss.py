@@ -10,6 +10,7 @@ from torch import Tensor
 
 IGNORE = -100
 _LOGITS_AT_ONCE = 1 << 24  # values of the logits held at a time: 64 MiB in FP32
+_LOGITS_IN_CACHE = 1 << 20  # and on a CPU, where several passes go over them
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -24,8 +25,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> Ten
 @torch.no_grad()
 def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     """−log p of each target in nats, [N] in at least FP32; 0 where the target is IGNORE."""
-    losses = []
-    for rows in _pieces(hidden.shape[0], weight.shape[0]):
+    losses, weight = [], weight.to(hidden.dtype)
+    for rows in _pieces(hidden, weight.shape[0]):
         logits, valid = _logits(hidden[rows], weight), targets[rows] != IGNORE
         picked = logits.gather(1, targets[rows].clamp(min=0)[:, None]).squeeze(1)
         losses.append((logits.logsumexp(dim=-1) - picked) * valid)
@@ -38,8 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        for rows in _pieces(hidden.shape[0], weight.shape[0]):
-            logits, valid = _logits(hidden[rows], weight), (targets[rows] != IGNORE)[:, None]
+        narrow = weight.to(hidden.dtype)
+        for rows in _pieces(hidden, weight.shape[0]):
+            logits, valid = _logits(hidden[rows], narrow), (targets[rows] != IGNORE)[:, None]
             index = targets[rows].clamp(min=0)[:, None]
             total += ((logits.logsumexp(dim=-1, keepdim=True) - logits.gather(1, index)) * valid).sum()
             if grad_hidden is None and grad_weight is None:
@@ -47,7 +49,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             error = logits.softmax(dim=-1).scatter_add_(1, index, logits.new_full(index.shape, -1.0)).mul_(valid)
             error = error.to(hidden.dtype)  # d loss / d logits, [piece, V]
             if grad_hidden is not None:
-                grad_hidden[rows] = error @ weight.to(hidden.dtype)
+                grad_hidden[rows] = error @ narrow
             if grad_weight is not None:
                 grad_weight += error.T @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -60,9 +62,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    return (hidden @ weight.to(hidden.dtype).T).to(torch.promote_types(hidden.dtype, torch.float32))
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def _pieces(rows: int, vocabulary: int) -> list[slice]:
-    step = max(1, _LOGITS_AT_ONCE // vocabulary)
+def _pieces(hidden: Tensor, vocabulary: int) -> list[slice]:
+    values = min(_LOGITS_AT_ONCE, _LOGITS_IN_CACHE) if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
+    rows, step = hidden.shape[0], max(1, values // vocabulary)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]

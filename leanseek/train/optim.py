@@ -19,6 +19,7 @@ from leanseek.model.mla import MLA
 from leanseek.model.transformer import Transformer
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: takes singular values near 1 in five steps
+VALUES_AT_ONCE = 1 << 19  # of the matrices that a CPU orthogonalises together
 ADAM_RMS = 0.2  # the root mean square of a typical AdamW update (Liu et al., "Muon is scalable")
 
 
@@ -41,7 +42,7 @@ def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimi
     if config.name == "adamw":
         return [adamw]
     matrices: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
-    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps), adamw]
+    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype), adamw]
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -58,12 +59,21 @@ def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None
 class Muon(Optimizer):
     """Momentum, orthogonalised. A parameter is a matrix [r, c] or a stack of them [n, r, c], each with its own update.
 
-    `parts` of a group says how many matrices lie one above the other in a slice: 2 where gate and up are fused.
+    `parts` of a group says how many matrices lie one above the other in a slice: 2 where gate and up are fused. `dtype`
+    is the precision of the orthogonalisation; momentum and weights keep theirs.
     """
 
-    def __init__(self, params: Iterable[Any], momentum: float, weight_decay: float, steps: int) -> None:
+    def __init__(
+        self,
+        params: Iterable[Any],
+        momentum: float,
+        weight_decay: float,
+        steps: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": 1}
         super().__init__(params, defaults)
+        self.dtype = dtype
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -81,7 +91,8 @@ class Muon(Optimizer):
                 rows, columns = matrices.shape[1:]
                 by_shape[rows, columns].append((matrices, as_matrices(update, group["parts"]), group))
         for (rows, columns), members in by_shape.items():
-            updates = orthogonalise(torch.cat([update for _, update, _ in members]), members[0][2]["steps"])
+            updates = torch.cat([update.to(self.dtype) for _, update, _ in members])
+            updates = orthogonalise(updates, members[0][2]["steps"])
             counts = [matrices.shape[0] for matrices, _, _ in members]
             for (matrices, _, group), update in zip(members, updates.split(counts), strict=True):
                 matrices.mul_(1 - group["lr"] * group["weight_decay"])
@@ -94,16 +105,23 @@ def as_matrices(p: Tensor, parts: int) -> Tensor:
 
 
 def orthogonalise(x: Tensor, steps: int) -> Tensor:
-    """For each matrix of a stack [n, r, c], about the nearest orthogonal one, by Newton-Schulz iteration."""
+    """For each matrix of a stack [n, r, c], about the nearest orthogonal one, by Newton-Schulz iteration in x's dtype.
+
+    A few matrices at a time go through all iterations, so that on a CPU they stay in its cache.
+    """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
-    m = x.mT if tall else x
-    m = m.bfloat16() if x.is_cuda else m
-    m = m / (torch.linalg.matrix_norm(m, keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = m @ m.mT
-        m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), m, beta=a)
-    return (m.mT if tall else m).to(x.dtype)
+    at_once = max(1, VALUES_AT_ONCE // x[0].numel()) if x.device.type == "cpu" else x.shape[0]
+    out = torch.empty_like(x)
+    for piece, result in zip(x.split(at_once), out.split(at_once), strict=True):
+        m = (piece.mT if tall else piece).contiguous()
+        wide = m.to(torch.promote_types(m.dtype, torch.float32))
+        m = m / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7).to(m.dtype)
+        for _ in range(steps):
+            gram = m @ m.mT
+            m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), m, beta=a)
+        result.copy_(m.mT if tall else m)
+    return out
 
 
 def watch_logits(model: Transformer) -> None:
