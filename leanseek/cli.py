@@ -31,13 +31,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 @app.command()
 def demo(
-    minutes: Annotated[float, typer.Option(help="About how long training may take.")] = 3.0,
+    minutes: Annotated[float, typer.Option(help="About how long it may take.")] = 10.0,
     text: Annotated[
-        str | None, typer.Option(metavar="FILE|DIR|hf:NAME", help="Your text; else this machine's Python sources.")
+        str | None, typer.Option(metavar="FILE|DIR|hf:NAME", help="Your text; else stories that are made here.")
     ] = None,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Where to put the run.")] = Path("runs/demo"),
 ) -> None:
-    """The whole chain on text at hand: prepare, pretrain, evaluate, generate, the bill, a chat."""
+    """From nothing to a chat in ten minutes: text, tokenizer, pre-training, instruction, exam, bill."""
     from leanseek.demo import demo as run_demo
 
     run_demo(minutes, text, out)
@@ -68,11 +68,15 @@ def prepare(
     vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer trained on the text.")] = 4096,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Reuse this tokenizer instead.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core unless told.")] = None,
+    validation: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT", help="Hold out this text, whole, and nothing else; may be given more than once."),
+    ] = None,
 ) -> None:
     """Clean, deduplicate, train or reuse a tokenizer, tokenise into shards."""
     from leanseek.data.prepare import prepare as run_prepare
 
-    report = run_prepare(inputs, out, vocab_size, tokenizer, workers, progress=sys.stderr.isatty())
+    report = run_prepare(inputs, out, vocab_size, tokenizer, workers, sys.stderr.isatty(), validation)
     print("\n".join(report.lines()))
 
 
@@ -88,13 +92,28 @@ def pretrain(
     """Train a model from scratch; the same command again goes on where it stopped."""
     config = read_recipe(recipe, overrides or [])
     from leanseek.train.pretrain import pretrain as run_pretrain
-    from leanseek.train.receipt import printed
 
-    receipt = run_pretrain(config, data, out)
-    if receipt["ended"] != "complete":
-        how = "the same command" if receipt["ended"] == "interrupted" else f"a larger train.{receipt['ended']}"
-        print(f"stopped at step {receipt['steps']} ({receipt['ended']}): {how} goes on", file=sys.stderr)
-    print(printed(receipt))
+    _print_receipt(run_pretrain(config, data, out))
+
+
+@app.command()
+def sft(
+    run: Run,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="CHATS.jsonl", help='Per line {"messages": [{role, content}…]} or {"prompt", "response"}.'
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="RUN2", help="The run that chats; the same command again resumes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.tokens=2e6.")
+    ] = None,
+) -> None:
+    """Teach a run to chat; the same command again goes on where it stopped."""
+    from leanseek.post.sft import sft as run_sft
+
+    _print_receipt(run_sft(run, data, out, overrides or []))
 
 
 @app.command("eval")
@@ -165,6 +184,66 @@ def chat(
     run_chat(run, system, Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed))
 
 
+bench_app = typer.Typer(help="Measured speed and cost, peers in turn.", rich_markup_mode=None)
+app.add_typer(bench_app, name="bench")
+
+
+Rounds = Annotated[int, typer.Option(help="How often each is measured, in turn.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Three rounds, without PyTorch's compiler.")]
+
+
+@bench_app.command("train")
+def bench_train(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False) -> None:
+    """Tokens per second of a training step, beside transformers'."""
+    from leanseek.bench.train import bench_train as run_bench
+    from leanseek.bench.turns import report
+
+    report(lambda console: run_bench(3 if quick else rounds, not quick, console), as_json)
+
+
+@bench_app.command("decode")
+def bench_decode(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False) -> None:
+    """Tokens per second of greedy decoding, beside transformers'."""
+    from leanseek.bench.decode import bench_decode as run_bench
+    from leanseek.bench.turns import report
+
+    report(lambda console: run_bench(3 if quick else rounds, console), as_json)
+
+
+@bench_app.command()
+def ledger(
+    data: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="A folder with train* and val* text; else this machine's Python.")
+    ] = None,
+    track: Annotated[
+        str | None, typer.Option(help="Of several in DIR, those files that begin so; without DIR stdlib or storyworld.")
+    ] = None,
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Where receipts and runs are kept.")] = Path("runs/ledger"),
+    rows: Annotated[str | None, typer.Option(metavar="A,B", help="These rows only.")] = None,
+    recipe: Annotated[str | None, typer.Option(metavar="RECIPE", help="One more row: a recipe or .toml file.")] = None,
+    seeds: Annotated[int, typer.Option(help="Full runs per row.")] = 1,
+    tokens: Annotated[
+        list[str] | None, typer.Option(metavar="ROW=N", help="Another token budget; may be given more than once.")
+    ] = None,
+    minutes: Annotated[float | None, typer.Option(help="Begin nothing new after so many.")] = None,
+    threads: Annotated[int | None, typer.Option(help="Per process; 1 on a busy machine.")] = None,
+    status: Annotated[bool, typer.Option("--status", help="List what is there and what is missing.")] = False,
+    write: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the page and its plot.")] = None,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Minutes: nano against the best control; fails when it is 10% worse.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Price every recipe in what it costs to reach one fixed quality, against controls trained beside it."""
+    from leanseek.bench.ledger import Request, main
+
+    request = Request(
+        data, track, out, rows, recipe, seeds, tuple(tokens or ()), minutes, threads, status, write, quick, as_json
+    )
+    if not main(request):
+        sys.exit(1)
+
+
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Exit code 0, or 2 with one clear line on stderr when the input, the disk or the memory is at fault."""
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -188,6 +267,15 @@ def main(arguments: list[str] | None = None) -> NoReturn:
             raise
         _refuse("out of memory: a smaller train.micro_batch, context or model needs less; what was saved is untouched")
     sys.exit(0)
+
+
+def _print_receipt(receipt: dict[str, Any]) -> None:
+    from leanseek.train.receipt import printed
+
+    if receipt["ended"] != "complete":
+        how = "the same command" if receipt["ended"] == "interrupted" else f"a larger train.{receipt['ended']}"
+        print(f"stopped at step {receipt['steps']} ({receipt['ended']}): {how} goes on", file=sys.stderr)
+    print(printed(receipt))
 
 
 def _out_of_memory(error: BaseException) -> bool:

@@ -253,30 +253,52 @@ def test_a_run_of_another_configuration(refusal, run: Path, data: Path) -> None:
     assert "train.seed" in line
 
 
-def test_demo_goes_from_text_to_samples_and_takes_up_where_it_stopped(
-    leanseek, refusal, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import random
-
+@pytest.fixture
+def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo with a model of no size, few questions and no chat at its end."""
     from leanseek import demo
 
-    monkeypatch.setattr(demo, "read_recipe", lambda name: read_recipe(str(RECIPE), ("model.vocab_size=4096",)))
-    monkeypatch.setattr(demo, "SAMPLES", 1)
-    monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal, no chat
+    longer = ("model.vocab_size=4096", "model.max_position_embeddings=512", "stages.0.sequence_length=256")
+    monkeypatch.setattr(demo, "read_recipe", lambda name: read_recipe(str(RECIPE), longer))
+    for name, value in {"EXAM": 5, "AT_ONCE": 3, "SAMPLES": 2, "SHOWN": 1, "CHATS_PER_MINUTE": 600}.items():
+        monkeypatch.setattr(demo, name, value)
+    monkeypatch.setattr(sys, "stdin", io.StringIO())
+
+
+def test_demo_goes_from_nothing_to_a_chat_and_takes_up_where_it_stopped(leanseek, small_demo, tmp_path: Path) -> None:
+    ask = ("demo", "--minutes", 0.02, "--out", tmp_path / "demo")
+    code, out, _ = leanseek(*ask)
+    assert code == 0
+    titles = ("Text and tokenizer", "Pre-training", "Instruction", "Exam", "Samples", "The bill")
+    assert all(f"{i}/6  {title}" in out for i, title in enumerate(titles, 1))
+    results = json.loads((tmp_path / "demo" / "exam.json").read_text())
+    right = [answer["right"] for answer in results["answers"]]
+    assert len(right) == 5
+    assert results["accuracy"] == sum(right) / 5
+    assert f"{results['accuracy']:.0%} right" in out
+    assert f"{results['bpb']:.4f} bits per byte" in out
+    assert results["samples"][0]["request"] in out
+    base, chats = (json.loads((tmp_path / name / "receipt.json").read_text()) for name in ("demo-base", "demo"))
+    assert chats["tokens"] == pytest.approx(base["tokens"] * 0.35 / 0.65, abs=512)
+    assert f"{base['tokens'] + chats['tokens']:,}" in out  # one bill for both stages
+    code, again, _ = leanseek(*ask)
+    assert code == 0
+    assert "read 1," not in again
+    assert json.loads((tmp_path / "demo" / "exam.json").read_text()) == results
+
+
+def test_demo_on_ones_own_text(leanseek, refusal, small_demo, tmp_path: Path) -> None:
+    import random
+
     dice = random.Random(0)
     text = tmp_path / "stories.jsonl"
     text.write_text("\n".join(json.dumps({"text": story(dice)}) for _ in range(200)))
     ask = ("demo", "--minutes", 0.01, "--text", text, "--out", tmp_path / "demo")
     code, out, _ = leanseek(*ask)
     assert code == 0
-    assert all(f"── {n}" in out for n in (1, 2, 3, 4, 5))
-    assert out.count("tokens/s") == 1
+    assert all(f"{i}/4  {title}" in out for i, title in enumerate(("Text", "Pre-training", "Samples", "The bill"), 1))
     receipt = json.loads((tmp_path / "demo" / "receipt.json").read_text())
     assert receipt["tokens"] == read_recipe(str(tmp_path / "demo" / "config.toml")).train.tokens
-    code, again, _ = leanseek(*ask)
-    assert code == 0
-    assert "── 1" not in again
-    assert json.loads((tmp_path / "demo" / "receipt.json").read_text())["tokens"] == receipt["tokens"]
     (tmp_path / "other.txt").write_text("Other text.\n" * 99)
     assert "other text" in refusal("demo", "--text", tmp_path / "other.txt", "--out", tmp_path / "demo")
     assert "--minutes" in refusal("demo", "--minutes", "nan", "--out", tmp_path / "x")

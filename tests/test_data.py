@@ -891,3 +891,68 @@ def test_large_vocabularies_take_four_bytes(tmp_path: Path) -> None:
     with ShardWriter(tmp_path / "shards", "train", "s", 0, 70_000, 10) as writer:
         writer.add([69_999, 1], 4)
     assert np.fromfile(tmp_path / writer.entries[0].file, "<u4").tolist() == [69_999, 1]
+
+
+# ── given validation text ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_given_validation_text_stays_whole_and_in_order(corpus: list[str], tmp_path: Path) -> None:
+    held_out = [corpus[3], corpus[1], corpus[3], corpus[1] + " More.", corpus[5]]  # duplicates, near and exact, too
+    train = write_jsonl(tmp_path / "train.jsonl", corpus)
+    val = write_jsonl(tmp_path / "val.jsonl", held_out)
+    report = prepare([train], tmp_path / "D", vocab_size=600, workers=1, validation=[val])
+    data = open_data(tmp_path / "D")
+    assert texts_of(data, "validation") == held_out
+    assert texts_of(data, "train") == [text for text in corpus if text not in held_out]  # and nothing else held out
+    assert (report.leaked, report.exact_duplicates, report.near_duplicates) == (3, 3, 0)
+    assert any("3 of them copies of validation text" in line for line in report.lines())
+    assert data.sources == ("train", "val")
+    with pytest.raises(BadInput, match="no training text of source 'val'"):
+        Loader(
+            data,
+            (Stage(sequence_length=16, mixture={"val": 1.0}),),
+            160,
+            0,
+            DataConfig(),
+            Tokenizer.load(data.tokenizer_folder),
+        )
+
+
+def test_the_tokenizer_does_not_learn_from_given_validation_text(corpus: list[str], tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", corpus[:100])
+    for name, held_out in (("a", corpus[200:210]), ("b", corpus[210:220])):
+        val = write_jsonl(tmp_path / f"{name}.jsonl", held_out)
+        prepare([train], tmp_path / f"D{name}", vocab_size=600, workers=1, validation=[val])
+    a, b = (open_data(tmp_path / f"D{name}") for name in "ab")
+    assert a.tokenizer_fingerprint == b.tokenizer_fingerprint
+    assert a.shards[0].entry.sha256 == b.shards[0].entry.sha256
+
+
+def test_workers_change_nothing_about_given_validation_text(corpus: list[str], tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", corpus)
+    val = write_jsonl(tmp_path / "val.jsonl", corpus[:7])
+    for workers in (1, 2):
+        prepare([train], tmp_path / f"D{workers}", vocab_size=600, workers=workers, validation=[val])
+    assert open_data(tmp_path / "D1").fingerprint == open_data(tmp_path / "D2").fingerprint
+
+
+def test_training_or_validation_without_a_document_is_refused(corpus: list[str], tmp_path: Path) -> None:
+    full = write_jsonl(tmp_path / "full.jsonl", corpus[:5])
+    blank = write_jsonl(tmp_path / "blank.jsonl", ["", " "])
+    copies = write_jsonl(tmp_path / "copies.jsonl", corpus[:3])
+    for train, val, words in (
+        (full, blank, "the validation input holds no document .2 empty"),
+        (blank, full, "the input holds no document .2 empty"),
+        (copies, full, "the input holds no document .3 copies of validation text"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            prepare([train], tmp_path / "D", workers=1, validation=[val])
+    assert not (tmp_path / "D").exists()
+
+
+def test_processor_time_is_told_by_phase(corpus: list[str], tmp_path: Path) -> None:
+    train = write_jsonl(tmp_path / "train.jsonl", corpus)
+    report = prepare([train], tmp_path / "D", vocab_size=600, workers=2)
+    assert report.cpu_seconds.keys() == report.seconds.keys() == {"read", "deduplicate", "tokenizer", "tokenise"}
+    assert report.cpu_seconds["read"] > 0.1  # two workers start and import in it
+    assert open_data(tmp_path / "D").report["cpu_seconds"] == report.cpu_seconds

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import leanseek.train.loop as loop
 import leanseek.train.peak as peak
-import leanseek.train.pretrain as pretrain_module
+import leanseek.train.setup as setup
 import leanseek.train.step as step
 from leanseek import checkpoint
 from leanseek.cli import main
@@ -145,7 +145,7 @@ def test_stopping_at_a_step_limit_and_going_on_is_bit_identical(name: str, data:
 
 
 def test_bf16_learns_and_goes_on_bit_identically(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain_module, "matmul_peak", lambda device, dtype, size: 1e9)  # seconds where BF16 is slow
+    monkeypatch.setattr(setup, "matmul_peak", lambda device, dtype, size: 1e9)  # seconds where BF16 is slow
     asked = (
         "train.dtype=bf16",
         "optimizer.name=adamw",
@@ -175,9 +175,9 @@ def test_auto_takes_bf16_only_where_it_is_clearly_faster(
 
 def test_a_run_keeps_the_dtype_it_began_with(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, asked = tmp_path / "run", config_of("train.dtype=auto", "train.max_steps=1")
-    monkeypatch.setattr(pretrain_module, "faster_dtype", lambda device: "fp32")
+    monkeypatch.setattr(setup, "faster_dtype", lambda device: "fp32")
     pretrain(asked, data, run)
-    monkeypatch.setattr(pretrain_module, "faster_dtype", lambda device: "bf16")
+    monkeypatch.setattr(setup, "faster_dtype", lambda device: "bf16")
     pretrain(asked, data, run)
     assert read_recipe(str(run / "config.toml")).train.dtype == "fp32"
 
@@ -335,8 +335,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, data: Path) -> Callable[[range], Non
         bad: set[bytes] = set()
         loss_sums = step.loss_sums
 
-        def poisoned(model: Any, ids: torch.Tensor, targets: torch.Tensor) -> list[torch.Tensor]:
-            losses = loss_sums(model, ids, targets)
+        def poisoned(model: Any, ids: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
+            losses = loss_sums(model, ids, *others)
             return [loss * float("nan") for loss in losses] if ids[0].numpy().tobytes() in bad else losses
 
         opened, config = open_data(data), config_of()

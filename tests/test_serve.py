@@ -162,6 +162,27 @@ def test_weights_are_left_alone_and_no_router_counts(llm: LLM) -> None:
     assert all(not router.load.any() for router in llm.model.routers().values())
 
 
+@pytest.mark.parametrize("shape", ["plain", "groups", "YaRN", "V2 groups"])
+@pytest.mark.parametrize("sampling", [greedy(9), Sampling(seed=3, max_tokens=9), Sampling(seed=1, stop=("e",))], ids=str)
+def test_many_prompts_side_by_side_say_what_each_says_alone(
+    shape: str, sampling: Sampling, vocabulary: Tokenizer
+) -> None:
+    llm = LLM(model_of(vocabulary, **SHAPES[shape]), vocabulary)
+    prompts = ["the fox", "", LONG, "rain"]
+    together = llm.generate_many(prompts, sampling)
+    alone = [llm.generate(prompt, sampling) for prompt in prompts]
+    assert [replace(c, tokens_per_second=0.0) for c in together] == [replace(c, tokens_per_second=0.0) for c in alone]
+
+
+def test_padding_that_is_taken_for_text_is_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(model_of(vocabulary), vocabulary)
+    prompts = ["the fox", LONG]
+    expected = llm.generate(prompts[0], greedy(9)).token_ids
+    assert llm.generate_many(prompts, greedy(9))[0].token_ids == expected
+    monkeypatch.setattr(Cache, "ragged", lambda self, lengths: None)
+    assert llm.generate_many(prompts, greedy(9))[0].token_ids != expected
+
+
 # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CHANCES = [0.05, 0.4, 0.1, 0.2, 0.25]

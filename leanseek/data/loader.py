@@ -28,10 +28,13 @@ class Batch:
 
     Padding has no target, nor has BOS, nor the first token of a piece cut out of a longer document: that one was
     predicted at the end of the piece before. Every other token of a document is predicted exactly once per epoch.
+    Rows whose samples may not see each other say which token is whose, and where in it: `data.chats` makes them.
     """
 
     ids: np.ndarray
     targets: np.ndarray
+    positions: np.ndarray | None = None  # [B, T]
+    segments: np.ndarray | None = None  # [B, T]
 
 
 class Loader:
@@ -74,8 +77,7 @@ class Loader:
 
     def samples(self, stage: int) -> int:
         """Rows the stage trains on: its share of the budget, in whole rows."""
-        share = math.floor(self.stages[stage].share * self.total_tokens + 1e-6)
-        return share // self.stages[stage].sequence_length
+        return whole_rows(self.stages[stage], self.total_tokens)
 
     def epochs(self, stage: int, sample: int) -> dict[str, float]:
         """How often each source, or all text as "", has been read after `sample` rows of the stage."""
@@ -89,12 +91,9 @@ class Loader:
         return {pool or "": n / len(self.rows(stage, pool)) for pool, n in zip(pools, taken, strict=True)}
 
     def batch(self, stage: int, sample: int, count: int, rank: int = 0, ranks: int = 1) -> Batch:
-        """Rows sample … sample + count − 1 of a stage, or this rank's consecutive part of them: B ≈ count ÷ ranks.
-
-        The parts of all ranks in order are the batch of one; where `count` does not divide, some have a row more.
-        """
+        """Rows sample … sample + count − 1 of a stage, or this rank's consecutive part of them: B ≈ count ÷ ranks."""
         width = self.stages[stage].sequence_length
-        mine = range(sample + count * rank // ranks, sample + count * (rank + 1) // ranks)
+        mine = part_of(sample, count, rank, ranks)
         ids = np.full((len(mine), width + 1), self.tokenizer.pad_id, np.int64)
         targets = np.full((len(mine), width + 1), NO_TARGET, np.int64)
         for i, number in enumerate(mine):
@@ -125,7 +124,7 @@ class Loader:
 
     def _permutation(self, stage: int, source: str | None, epoch: int) -> np.ndarray:
         rows = len(self.rows(stage, source))
-        return _shuffled(rows, self.seed, ORDER, stage, self._pool_number(source), epoch)
+        return shuffled(rows, self.seed, ORDER, stage, self._pool_number(source), epoch)
 
     def _interleave(self, stage: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
         mixture = self.stages[stage].mixture
@@ -140,7 +139,7 @@ class Loader:
         documents, lengths = self._lengths(stage, source)
         capacity = self.stages[stage].sequence_length + 1
         if self.data_config.packing == "concat":
-            order = _shuffled(len(documents), self.seed, DOCUMENT_ORDER, stage, self._pool_number(source))
+            order = shuffled(len(documents), self.seed, DOCUMENT_ORDER, stage, self._pool_number(source))
             return concat(documents[order], lengths[order], capacity)
         return best_fit(documents, lengths, capacity)
 
@@ -198,7 +197,20 @@ def _pools(stage: Stage) -> list[str | None]:
     return [source for source, weight in stage.mixture.items() if weight] or [None]
 
 
-def _shuffled(count: int, *words: int) -> np.ndarray:
+def whole_rows(stage: Stage, total_tokens: int) -> int:
+    """A stage's share of the budget, in whole rows."""
+    return math.floor(stage.share * total_tokens + 1e-6) // stage.sequence_length
+
+
+def part_of(sample: int, count: int, rank: int, ranks: int) -> range:
+    """A rank's part of the rows sample … sample + count − 1.
+
+    The parts of all ranks in order are the batch of one; where `count` does not divide, some have a row more.
+    """
+    return range(sample + count * rank // ranks, sample + count * (rank + 1) // ranks)
+
+
+def shuffled(count: int, *words: int) -> np.ndarray:
     """A permutation of `count` that the words decide."""
     order = np.argsort(mix(*words, np.arange(count)), kind="stable")
     return order.astype(np.uint32) if count < 1 << 32 else order

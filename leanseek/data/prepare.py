@@ -47,13 +47,15 @@ class Report:
     replaced_bytes: int = 0
     exact_duplicates: int = 0
     near_duplicates: int = 0
+    leaked: int = 0  # of the exact duplicates, training documents that stand in the given validation text
     documents: dict[str, int] = field(default_factory=dict)  # kept, by split; so are the two below
     bytes: dict[str, int] = field(default_factory=dict)
     tokens: dict[str, int] = field(default_factory=dict)
     vocab_size: int = 0
     bytes_per_token: float = 0.0
     tokenizer_sample_bytes: int = 0  # 0: the tokenizer was given
-    seconds: dict[str, float] = field(default_factory=dict)  # by phase
+    seconds: dict[str, float] = field(default_factory=dict)  # by phase, as are those of all processors together
+    cpu_seconds: dict[str, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """For people: a few plain lines."""
@@ -61,7 +63,8 @@ class Report:
         out += [f"left out {n:,} records: {kind}; the first is {self.first_bad[kind]}" for kind, n in self.bad.items()]
         if self.replaced_bytes:
             out.append(f"replaced {self.replaced_bytes:,} bytes that are no UTF-8")
-        out.append(f"removed {self.exact_duplicates:,} exact and {self.near_duplicates:,} near duplicates")
+        leaked = f", {self.leaked:,} of them copies of validation text" if self.leaked else ""
+        out.append(f"removed {self.exact_duplicates:,} exact{leaked} and {self.near_duplicates:,} near duplicates")
         if self.tokenizer_sample_bytes:
             out.append(f"learnt the tokenizer from {self.tokenizer_sample_bytes / 1e6:,.1f} MB of the training text")
         for split, documents in self.documents.items():
@@ -77,17 +80,21 @@ def prepare(
     tokenizer: Path | None = None,
     workers: int | None = None,
     progress: bool = False,
+    validation: list[str] | None = None,
 ) -> Report:
     """Write the DATA folder `out` from files, folders and `hf:` names, each optionally as NAME=INPUT.
 
     A tokenizer of `vocab_size` ids is learnt from at most 50 MB of the training split, unless a folder with one is
-    given. With `progress` bars are drawn on stderr, without it a line per phase. Everything is written to a folder
-    beside it and renamed at the end: `out` is whole or absent. Raises BadInput.
+    given. Inputs given as `validation` become that split whole and in order, duplicates and all; nothing of the others
+    is held out then, and what stands in both is taken out of training. With `progress` bars are drawn on stderr,
+    without it a line per phase. Everything is written to a folder beside it and renamed at the end: `out` is whole or
+    absent. Raises BadInput.
     """
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: exists already; choose another --out or remove it")
     sources = [find_source(text) for text in inputs]  # every input is looked at before work begins
+    held_out = [find_source(text) for text in validation or ()]
     given = Tokenizer.load(tokenizer) if tokenizer else None
     report = Report()
     partial = out.absolute().with_name(f".{out.absolute().name}.partial")
@@ -96,7 +103,7 @@ def prepare(
     try:
         with _Phases(report, progress) as phase, open(partial / "spool", "w+b") as spool:
             phase("read")
-            documents = _read(sources, spool, report, _worker_count(sources, workers), phase)
+            documents = _read(sources, held_out, spool, report, _worker_count(sources + held_out, workers), phase)
             phase("deduplicate")
             documents = _deduplicate(documents, report)
             documents, in_validation = _validation(documents, spool)
@@ -171,8 +178,7 @@ def _map_in_order(workers: int, items: Iterable[Batch]) -> Iterator[Cleaned]:
 
 def _worker_count(sources: list[Source], workers: int | None) -> int:
     if workers is None:
-        size = sum(file.stat().st_size for source in sources for file in source.files)
-        small = size < ALONE and not any(source.hub for source in sources)
+        small = sum(source.size for source in sources) < ALONE and not any(source.hub for source in sources)
         workers = 1 if small else len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if workers is not None and workers < 1:
         raise BadInput(f"workers must be at least 1, got {workers}")
@@ -190,6 +196,7 @@ class Documents:
     sizes: np.ndarray
     raw_sizes: np.ndarray
     sources: np.ndarray  # number of the source's name in `names`
+    held_out: np.ndarray  # bool: of an input given for validation
     hashes: list[bytes]
     signatures: np.ndarray
     names: tuple[str, ...]
@@ -206,20 +213,24 @@ class Documents:
             self.sizes[keep],
             self.raw_sizes[keep],
             self.sources[keep],
+            self.held_out[keep],
             [self.hashes[i] for i in np.flatnonzero(keep)],
             self.signatures[keep],
             self.names,
         )
 
 
-def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int, phase: "_Phases") -> Documents:
-    """All inputs into the spool, without exact duplicates."""
-    names = tuple(dict.fromkeys(source.name for source in sources))
-    sizes, raw_sizes, numbers, signatures = [], [], [], []
-    hashes: dict[bytes, None] = {}
+def _read(
+    sources: list[Source], held_out: list[Source], spool: IO[bytes], report: Report, workers: int, phase: "_Phases"
+) -> Documents:
+    """All inputs into the spool, the given validation text first and whole; of the others no exact duplicates."""
+    names = tuple(dict.fromkeys(source.name for source in sources + held_out))
+    sizes, raw_sizes, numbers, hashes, signatures, validates = [], [], [], [], [], []
+    seen: dict[bytes, bool] = {}  # content hash: whether it is validation text
     damage = Damage()
-    for cleaned in _map_in_order(workers, batches(sources)):
+    for cleaned in _map_in_order(workers, batches(held_out + sources)):
         done = cleaned.records
+        of_validation = done.batch.source < len(held_out)
         damage.add(done)
         report.bytes_in += done.size
         report.replaced_bytes += done.replaced
@@ -228,28 +239,41 @@ def _read(sources: list[Source], spool: IO[bytes], report: Report, workers: int,
             report.first_bad.setdefault(kind, places[0])
         report.documents_in += len(done.texts)
         for i, digest in enumerate(cleaned.hashes):
-            if digest in hashes:
+            if digest in seen and not of_validation:
                 report.exact_duplicates += 1
+                report.leaked += seen[digest]
                 continue
-            hashes[digest] = None
+            seen[digest] = of_validation
             spool.write(done.texts[i])
             sizes.append(len(done.texts[i]))
             raw_sizes.append(done.raw_sizes[i])
-            numbers.append(names.index(sources[done.batch.source].name))
+            numbers.append(names.index((held_out + sources)[done.batch.source].name))
+            hashes.append(digest)
             signatures.append(cleaned.signatures[i])
+            validates.append(of_validation)
         phase.advance(done.size)
     damage.check()
-    if not hashes:
-        why = "; ".join(f"{n} {kind}, first {report.first_bad[kind]}" for kind, n in report.bad.items())
-        raise BadInput(f"the input holds no document ({why or 'nothing to read'})")
+    for what, kept in (("input", not all(validates)), ("validation input", not held_out or any(validates))):
+        if not kept:
+            why = "; ".join(f"{n} {kind}, first {report.first_bad[kind]}" for kind, n in report.bad.items())
+            copied = f"{report.leaked} copies of validation text" if report.leaked else "nothing to read"
+            raise BadInput(f"the {what} holds no document ({why or copied})")
     ends = np.cumsum(sizes)
     return Documents(
-        ends - sizes, np.array(sizes), np.array(raw_sizes), np.array(numbers), list(hashes), np.stack(signatures), names
+        ends - sizes,
+        np.array(sizes),
+        np.array(raw_sizes),
+        np.array(numbers),
+        np.array(validates),
+        hashes,
+        np.stack(signatures),
+        names,
     )
 
 
 def _deduplicate(documents: Documents, report: Report) -> Documents:
-    keep = near_duplicates(documents.signatures)
+    keep = documents.held_out.copy()
+    keep[~keep] = near_duplicates(documents.signatures[~keep])
     report.near_duplicates = int((~keep).sum())
     return documents.select(keep)
 
@@ -258,8 +282,10 @@ def _validation(documents: Documents, spool: IO[bytes]) -> tuple[Documents, np.n
     """Which documents are held out [D] bool: by their content alone, about 1% of them, one at least of two or more.
 
     Duplicates are gone by now, so none of a held-out document is left in training. A single document, such as a book in
-    one file, is cut in two, and its end held out.
+    one file, is cut in two, and its end held out. Where validation text was given, that is it and no more.
     """
+    if documents.held_out.any():
+        return documents, documents.held_out
     if len(documents.sizes) == 1:
         return _end_held_out(documents, spool)
     numbers = np.array([int.from_bytes(digest[:8], "big") for digest in documents.hashes], np.uint64)
@@ -284,6 +310,7 @@ def _end_held_out(documents: Documents, spool: IO[bytes]) -> tuple[Documents, np
         sizes,
         sizes - np.array([replaced, 0]),
         documents.sources.repeat(2),
+        documents.held_out.repeat(2),
         [content_hash(part.decode()) for part in (text[:end], text[end:])],
         documents.signatures.repeat(2, axis=0),
         documents.names,
@@ -338,13 +365,13 @@ class _Phases:
     """One phase after the other, timed into the report, shown as bars or as plain lines on stderr."""
 
     def __init__(self, report: Report, bars: bool) -> None:
-        self.report, self.name, self.began = report, "", 0.0
+        self.report, self.name, self.began, self.cpu_began = report, "", 0.0, 0.0
         self.bars = Progress(*Progress.get_default_columns(), console=Console(stderr=True)) if bars else None
         self.task = TaskID(0)
 
     def __call__(self, name: str, total: int | None = None) -> None:
         self.end()
-        self.name, self.began = name, time.perf_counter()
+        self.name, self.began, self.cpu_began = name, time.perf_counter(), _cpu_seconds()
         if self.bars:
             self.task = self.bars.add_task(name, total=total)
 
@@ -356,6 +383,7 @@ class _Phases:
         if not self.name:
             return
         seconds = self.report.seconds[self.name] = round(time.perf_counter() - self.began, 2)
+        self.report.cpu_seconds[self.name] = round(_cpu_seconds() - self.cpu_began, 2)
         if self.bars:
             self.bars.update(self.task, total=1, completed=1)
         else:
@@ -371,3 +399,9 @@ class _Phases:
             self.end()
         if self.bars:
             self.bars.stop()
+
+
+def _cpu_seconds() -> float:
+    """Of all processors, user and system, workers that have ended included."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system

@@ -14,6 +14,7 @@ import zstandard
 
 from leanseek.config import BadInput
 from leanseek.data.clean import ESCAPED, decode_utf8, repair_utf8, too_damaged
+from leanseek.data.storyworld import PRETRAINING, documents
 
 SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
@@ -21,19 +22,28 @@ READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
 
 @dataclass(frozen=True)
 class Source:
-    """One input: its name in mixtures, and its files, or the name of a hub dataset."""
+    """One input: its name in mixtures, and its files, or the name of a hub dataset, or so many bytes of stories."""
 
     name: str
     files: tuple[Path, ...] = ()
     hub: str = ""
     folder: bool = False
+    story_bytes: int = 0
+
+    @property
+    def size(self) -> int:
+        """Bytes as they lie there, or will be made; 0 for a hub dataset."""
+        return self.story_bytes + sum(file.stat().st_size for file in self.files)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Records of one file for one worker. `rows`: a whole text file, lines of JSONL, or texts (anything, None too)."""
+    """Records of one file for one worker.
 
-    kind: str  # text, jsonl, rows
+    `rows`: a whole text file, lines of JSONL, texts (anything, None too), or (number, bytes) of stories to be told.
+    """
+
+    kind: str  # text, jsonl, rows, stories
     source: int
     where: str
     rows: list[Any]
@@ -103,6 +113,8 @@ def find_source(text: str) -> Source:
     if rest.startswith("hf:"):
         hub = rest.removeprefix("hf:")
         return Source(name or hub.rpartition("/")[2], hub=hub)
+    if rest.startswith("storyworld:"):
+        return Source(name or "storyworld", story_bytes=_size(rest.removeprefix("storyworld:"), rest))
     path = Path(rest)
     if path.is_dir():
         files = tuple(
@@ -124,11 +136,27 @@ def find_source(text: str) -> Source:
     return Source(name or SUFFIX.sub("", path.name), (path,))
 
 
+def _size(text: str, where: str) -> int:
+    """Bytes as 5000000, 5e6 or 5MB. Raises BadInput."""
+    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
+    factor = units.get(text[-2:].upper(), 1.0)
+    try:
+        size = float(text[:-2] if factor > 1 else text) * factor
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < 1e15:
+        raise BadInput(f"{where}: say how many bytes of stories, for example storyworld:20MB")
+    return int(size)
+
+
 def batches(sources: list[Source]) -> Iterator[Batch]:
     """All records of all sources, in order. Raises BadInput for a file that cannot be unpacked."""
     for number, source in enumerate(sources):
         if source.hub:
             yield from _hub_batches(number, source.hub)
+        for batch in range(-(-source.story_bytes // READ)):
+            size = min(READ, source.story_bytes - batch * READ)
+            yield Batch("stories", number, "storyworld", [(batch, size)], batch + 1)
         for file in source.files:
             suffix = SUFFIX.search(file.name)[1].lower()  # type: ignore[index]
             if suffix == ".parquet":
@@ -222,7 +250,10 @@ def parse(batch: Batch) -> Records:
     """Records to texts; a pure function. Raises BadInput for a named text file that is not UTF-8."""
     done = Records(batch)
     offset = batch.offset
-    for number, row in enumerate(batch.rows, batch.first):
+    rows = batch.rows
+    if batch.kind == "stories":
+        rows = [text for number, size in rows for text in documents(PRETRAINING, number, size)]
+    for number, row in enumerate(rows, batch.first):
         where = f"{batch.where} line {number}" if batch.kind != "text" else batch.where
         text, replaced = row, 0
         if batch.kind == "text":
@@ -260,7 +291,7 @@ def parse(batch: Batch) -> Records:
             continue
         done.texts.append(encoded)
         done.raw_sizes.append(len(encoded) - 2 * replaced)  # U+FFFD takes three bytes, what was given took one
-        if batch.kind == "rows":
+        if batch.kind in ("rows", "stories"):
             done.size += len(encoded)
     done.batch = Batch(batch.kind, batch.source, batch.where, [], batch.first, batch.offset, batch.folder)
     return done

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanseek.config import BadInput
+from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, token_losses
 
@@ -30,7 +31,6 @@ class BPB:
     tokens: int
 
 
-@torch.no_grad()
 def bits_per_byte(
     model: Transformer,
     documents: Iterable[tuple[Sequence[int] | NDArray[np.integer], int]],
@@ -40,17 +40,58 @@ def bits_per_byte(
 ) -> BPB:
     """Score documents, each its ids (without BOS and EOS) and the UTF-8 bytes of its text as given.
 
-    Windows of all documents run together, about `batch_tokens` at a time, padding included. The model is left in the
-    mode it was in. Raises BadInput when there is no text at all.
+    Windows of all documents run together, about `batch_tokens` at a time, padding included. Raises BadInput when there
+    is no text at all.
     """
+    counted = Counter()
+    windows = (window for ids in counted.watch(documents) for window in windows_of(ids, context, bos_id))
+    nats = nats_of(model, windows, batch_tokens)
+    if not counted.bytes:
+        raise BadInput("there is no text to score: bits per byte need at least one byte")
+    return BPB(nats / math.log(2) / counted.bytes, counted.bytes, counted.tokens)
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What the assistant says in chats: a window for each chat, with targets for the words of its answers only."""
+
+    windows: list[Window]
+    bytes: int
+    tokens: int
+
+
+def answers_of(samples: Iterable[Window], tokenizer: Tokenizer) -> Answers:
+    """The answers to score, of inputs and targets as training has them: but for the EOS, as of a document.
+
+    Raises BadInput when they are all empty.
+    """
+    bytes_of = np.array([len(tokenizer.token_bytes(number)) for number in range(tokenizer.vocab_size)])
+    windows, said, tokens = [], 0, 0
+    for inputs, targets in samples:
+        wanted = np.where(targets == tokenizer.eos_id, IGNORE, targets)
+        scored = wanted[wanted != IGNORE]
+        said, tokens = said + int(bytes_of[scored].sum()), tokens + len(scored)
+        windows.append((inputs, wanted))
+    if not said:
+        raise BadInput("the held-out chats have no answer with words in it: bits per byte need at least one byte")
+    return Answers(windows, said, tokens)
+
+
+def answers_bits_per_byte(model: Transformer, answers: Answers, batch_tokens: int = 8192) -> BPB:
+    """−log2 p of each token of the answers, given all that stands before it in its chat, over the answers' bytes."""
+    nats = nats_of(model, iter(answers.windows), batch_tokens)
+    return BPB(nats / math.log(2) / answers.bytes, answers.bytes, answers.tokens)
+
+
+@torch.no_grad()
+def nats_of(model: Transformer, windows: Iterator[Window], batch_tokens: int) -> float:
+    """−ln p of all targets of all windows together, each window by itself; the model is left in the mode it was in."""
     assert model.lm_head is not None
     device = model.lm_head.weight.device
-    counted = Counter()
     nats = 0.0
     training = model.training
     model.eval()
     try:
-        windows = (window for ids in counted.watch(documents) for window in windows_of(ids, context, bos_id))
         for ids, targets in batches(windows, batch_tokens):
             ids, targets = ids.to(device), targets.to(device)
             # Padding is on the right, where causal attention cannot see it.
@@ -59,9 +100,7 @@ def bits_per_byte(
             nats += token_losses(hidden[valid], model.lm_head.weight, targets[valid]).cpu().double().sum().item()
     finally:
         model.train(training)
-    if not counted.bytes:
-        raise BadInput("there is no text to score: bits per byte need at least one byte")
-    return BPB(nats / math.log(2) / counted.bytes, counted.bytes, counted.tokens)
+    return nats
 
 
 @dataclass

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 from leanseek.config import ModelConfig
 from leanseek.model.layers import SwiGLU
 from leanseek.ops.elementwise import swiglu
-from leanseek.ops.experts import Layout, grouped_linear, lay_out, permute, unpermute, wants_padding
-from leanseek.ops.routing import route
+from leanseek.ops.experts import Layout, few_tokens, grouped_linear, lay_out, permute, unpermute, wants_padding
+from leanseek.ops.routing import choose, route
+
+FEW_TOKENS = 32  # a decoding step: sorting them would take longer than their arithmetic
 
 
 class MoE(nn.Module):
@@ -72,10 +74,9 @@ class Router(nn.Module):
         choice = scores.detach().flatten(0, 1)
         if self.e_score_correction_bias is not None:
             choice = choice + self.e_score_correction_bias  # steers the choice …
-        load = self.load if self.training else torch.zeros_like(self.load)
         n_group = 1 if c.topk_method == "greedy" else c.n_group
-        group_top = 2 if c.topk_method == "noaux_tc" else 1
-        experts = route(choice, load, c.num_experts_per_tok, n_group, c.topk_group, group_top)
+        how = c.num_experts_per_tok, n_group, c.topk_group, 2 if c.topk_method == "noaux_tc" else 1
+        experts = route(choice, self.load, *how) if self.training else choose(choice, *how)
         weights = scores.flatten(0, 1).gather(1, experts)  # … but never the weight
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -108,6 +109,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], experts and weights [N, K] → [N, D]."""
+        if self.dispatcher.has_all and not torch.is_grad_enabled() and x.shape[0] <= FEW_TOKENS:
+            return few_tokens(x, experts, weights, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
         rows, counts, way_back = self.dispatcher.dispatch(x, experts)
         hidden = swiglu(grouped_linear(rows, self.gate_up_proj.to(x.dtype), counts))
         rows = grouped_linear(hidden, self.down_proj.to(x.dtype), counts)
@@ -116,6 +119,8 @@ class Experts(nn.Module):
 
 class LocalDispatcher:
     """Brings tokens to their experts and back where every expert is at hand; expert parallelism puts another here."""
+
+    has_all = True
 
     def __init__(self, n_experts: int) -> None:
         self.n_experts = n_experts

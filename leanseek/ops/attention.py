@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
-# Up to this many keys a CPU holds all scores of a row of text in its cache, and a few large matmuls over them are faster
-# than PyTorch's flash kernel there, above all backward.
+# Up to this many keys a CPU holds all scores of a row of text in its cache, and a few large matmuls over them are
+# faster than PyTorch's flash kernel there, above all backward.
 FEW_KEYS = 512
 
 

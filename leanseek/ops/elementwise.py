@@ -12,7 +12,10 @@ from torch import Tensor
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """weight · x / √(mean(x²) + eps) over the last dim, computed in at least FP32: x [..., D], weight [D] → [..., D]."""
+    """weight · x / √(mean(x²) + eps) over the last dim, in at least FP32: x [..., D], weight [D] → [..., D]."""
+    if not torch.is_grad_enabled():
+        wide = x.to(_wide(x))
+        return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
 
 
@@ -23,6 +26,8 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) · up of [..., 2F], gate first → [..., F]."""
+    if not torch.is_grad_enabled():
+        return swiglu_reference(gate_up)
     return _SwiGLU.apply(gate_up)
 
 

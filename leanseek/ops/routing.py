@@ -11,10 +11,17 @@ from torch import Tensor
 
 @torch.library.custom_op("leanseek::route", mutates_args=("load",))
 def route(scores: Tensor, load: Tensor, k: int, n_group: int, topk_group: int, group_top: int) -> Tensor:
-    """The k best experts of each token among its `topk_group` best groups; their counts are added to `load`.
+    """`choose`, in training: the tokens that each expert receives are added to `load` [E] int64."""
+    experts = choose(scores, k, n_group, topk_group, group_top)
+    load += torch.bincount(experts.flatten(), minlength=load.shape[0])
+    return experts
 
-    scores [N, E] (biased where a bias steers), load [E] int64. A group's score is the sum of its `group_top` best: two
-    in V3, one, the maximum, in V2. With one group there is nothing to limit. Returns experts [N, K], int64.
+
+def choose(scores: Tensor, k: int, n_group: int, topk_group: int, group_top: int) -> Tensor:
+    """The k best experts of each token among its `topk_group` best groups: scores [N, E] → experts [N, K] int64.
+
+    Scores are biased where a bias steers. A group's score is the sum of its `group_top` best: two in V3, one, the
+    maximum, in V2. With one group there is nothing to limit.
     """
     if n_group > 1:
         groups = scores.view(scores.shape[0], n_group, -1)  # [N, G, E/G]
@@ -22,9 +29,7 @@ def route(scores: Tensor, load: Tensor, k: int, n_group: int, topk_group: int, g
         closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
         # Minus infinity and not zero: a biased score may be negative, and a closed group must lose even then.
         scores = groups.masked_fill(closed[..., None], float("-inf")).flatten(1)
-    experts = scores.topk(k, dim=-1).indices
-    load += torch.bincount(experts.flatten(), minlength=load.shape[0])
-    return experts
+    return scores.topk(k, dim=-1).indices
 
 
 @route.register_fake

@@ -95,14 +95,84 @@ class LLM:
         """`chat`, in pieces as they come."""
         return self._begin(self.tokenizer.encode_chat(messages), sampling)
 
+    def generate_many(self, prompts: list[str], sampling: Sampling = AS_IT_IS) -> list[Completion]:
+        """`generate` for several prompts side by side, each as it would be alone; the rate is that of all together."""
+        return self._run_many([[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)], sampling)
+
+    def chat_many(self, chats: list[list[dict[str, Any]]], sampling: Sampling = AS_IT_IS) -> list[Completion]:
+        """`chat` for several conversations side by side."""
+        return self._run_many([self.tokenizer.encode_chat(messages) for messages in chats], sampling)
+
     # ── the engine ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _begin(self, prompt: list[int], sampling: Sampling) -> Pieces:
         """Checks now and generates later: a mistake shows at the call, not at the first piece."""
+        self._check_length(prompt)
+        return self._run(prompt, sampling)
+
+    def _check_length(self, prompt: list[int]) -> None:
         context = self.config.max_position_embeddings
         if len(prompt) > context:
             raise BadInput(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
-        return self._run(prompt, sampling)
+
+    @torch.inference_mode()
+    def _run_many(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
+        """All rows step together, each at its own position, until the last is done."""
+        for prompt in prompts:
+            self._check_length(prompt)
+        device = next(self.model.parameters()).device
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        context = self.config.max_position_embeddings
+        most = [min(sampling.max_tokens, context - len(prompt) + 1) for prompt in prompts]
+        longest = int(lengths.max())
+        cache = Cache(self.config, len(prompts), longest + max(most) - 1, self.model.dtype, device)
+        generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
+        drawn: list[list[int]] = [[] for _ in prompts]
+        reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
+        began, draws = time.perf_counter(), 0
+        # Padding is on the right, where causal attention cannot see it; later tokens take its place in the cache.
+        padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
+        hidden = self.model(padded, torch.arange(longest, device=device).expand_as(padded), cache=cache.layers)
+        hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [B, D]
+        cache.ragged(lengths)
+        writers = [Writer(self.tokenizer, sampling.stop) for _ in prompts]
+        said = [""] * len(prompts)
+        positions = lengths[:, None]
+        while True:
+            tokens = self._draw(hidden, sampling, generators)
+            for row, token in enumerate(tokens):
+                if reasons[row] is not None:
+                    continue
+                draws += 1
+                if token == self.tokenizer.eos_id:
+                    reasons[row] = "stop"
+                    continue
+                drawn[row].append(token)
+                said[row] += writers[row].push(token)
+                if writers[row].stopped:
+                    reasons[row] = "stop"
+                elif len(drawn[row]) == most[row]:
+                    reasons[row] = "length"
+            if all(reasons):
+                break
+            # A row that is done goes on behind its own end, unread.
+            hidden = self.model(torch.tensor(tokens, device=device)[:, None], positions, cache=cache.layers)[:, 0]
+            positions = positions + 1
+        rate = draws / (time.perf_counter() - began)
+        completions = []
+        for text, writer, ids, prompt, reason in zip(said, writers, drawn, prompts, reasons, strict=True):
+            assert reason is not None
+            text += writer.finish()
+            completions.append(Completion(text, ids, len(prompt), "stop" if writer.stopped else reason, rate))
+        return completions
+
+    def _draw(self, hidden: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+        """hidden [B, D] → a token for each row, each from its own source of chance."""
+        assert self.model.lm_head is not None
+        logits = self.model.lm_head(hidden).float().cpu().masked_fill_(self.closed, float("-inf"))
+        if sampling.temperature == 0:
+            return logits.argmax(dim=-1).tolist()
+        return [int(sample(row, sampling, generator)) for row, generator in zip(logits, generators, strict=True)]
 
     def _run(self, prompt: list[int], sampling: Sampling) -> Pieces:
         # The last token of all is drawn but never read, so it needs no position.
@@ -110,7 +180,7 @@ class LLM:
         device = next(self.model.parameters()).device
         cache = Cache(self.config, 1, len(prompt) + most - 1, self.model.dtype, device)
         generator = torch.Generator().manual_seed(sampling.seed)
-        held, decoder = StopStrings(sampling.stop), self.tokenizer.decode_stream()
+        writer = Writer(self.tokenizer, sampling.stop)
         drawn: list[int] = []
         said: list[str] = []
         reason: Literal["stop", "length"] = "length"
@@ -126,15 +196,15 @@ class LLM:
                 break
             drawn.append(token)
             unread = [token]
-            if piece := held.push(decoder.push(token)):
+            if piece := writer.push(token):
                 said.append(piece)
                 yield piece
-            if held.found:
+            if writer.stopped:
                 break
-        if not held.found and (piece := held.push(decoder.finish()) + held.finish()):
+        if piece := writer.finish():
             said.append(piece)
             yield piece
-        if held.found:
+        if writer.stopped:
             reason = "stop"
         return Completion("".join(said), drawn, len(prompt), reason, draws / seconds)
 
@@ -149,6 +219,25 @@ class LLM:
         hidden = self.model(tokens, positions, cache=cache.layers)  # [1, T, D]
         assert self.model.lm_head is not None
         return self.model.lm_head(hidden[0, -1]).float().cpu().masked_fill_(self.closed, float("-inf"))
+
+
+class Writer:
+    """Tokens to text that may be shown: whole characters, and nothing that a stop string may yet cut."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self.decoder, self.held = tokenizer.decode_stream(), StopStrings(stop)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string ended the text."""
+        return self.held.found
+
+    def push(self, token: int) -> str:
+        return self.held.push(self.decoder.push(token))
+
+    def finish(self) -> str:
+        """What is left when no more tokens come."""
+        return "" if self.stopped else self.held.push(self.decoder.finish()) + self.held.finish()
 
 
 class StopStrings:

@@ -36,6 +36,10 @@ class Batch(Protocol):
     def ids(self) -> NDArray[np.int64]: ...  # [count, T]
     @property
     def targets(self) -> NDArray[np.int64]: ...  # [count, T], IGNORE where there is nothing to predict
+    @property
+    def positions(self) -> NDArray[np.int64] | None: ...  # [count, T] within the sample, None for 0, 1, …
+    @property
+    def segments(self) -> NDArray[np.int64] | None: ...  # [count, T] whose token it is, None where all see each other
 
 
 class Batches(Protocol):
@@ -122,7 +126,11 @@ def train(
             now = knobs(config.schedule, progress.tokens + count * length / 2, config.train.tokens)
             batch = batches.batch(progress.stage, progress.sample, count)
             ids, targets = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.targets).to(device)
-            result = train_step(model, optimizers, ids, targets, now, config)
+            positions, segments = (
+                None if array is None else torch.from_numpy(array).to(device)
+                for array in (batch.positions, batch.segments)
+            )
+            result = train_step(model, optimizers, ids, targets, now, config, positions, segments)
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count

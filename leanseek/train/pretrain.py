@@ -15,7 +15,6 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import flops_per_token
-from leanseek.train.setup import DTYPES as DTYPES
 from leanseek.train.setup import build, take_up, train_and_bill
 
 

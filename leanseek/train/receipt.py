@@ -37,6 +37,13 @@ def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending)
     return receipt
 
 
+def summed(receipts: list[dict[str, Any]]) -> dict[str, Any]:
+    """The bill of several stages of one model: what was spent is added up; the bpb is the first one's, of plain text."""
+    spent = ("tokens", "flops", "seconds", "cpu_seconds", "device_hours", "cost_usd", "h800_hours", "h800_usd")
+    total = {key: sum(receipt[key] for receipt in receipts) for key in (*spent, "steps", "skipped_steps")}
+    return receipts[-1] | total | {"bpb": receipts[0]["bpb"]}
+
+
 def printed(receipt: dict[str, Any]) -> str:
     """The receipt as lines for people."""
     r = receipt

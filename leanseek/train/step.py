@@ -2,6 +2,9 @@
 
 Every loss is a sum divided once by its count over the whole global batch, so that accumulation over micro-batches
 changes nothing. B sequences in the batch · b in a micro-batch · T tokens in a sequence.
+
+Where samples are packed that may not see each other, `segments` says whose each token is and `positions` where in it; a
+target is then of the same sample as the token at its place.
 """
 
 import math
@@ -30,21 +33,28 @@ class StepResult:
 
 
 def train_step(
-    model: Transformer, optimizers: list[Optimizer], ids: Tensor, targets: Tensor, knobs: Knobs, config: Config
+    model: Transformer,
+    optimizers: list[Optimizer],
+    ids: Tensor,
+    targets: Tensor,
+    knobs: Knobs,
+    config: Config,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
 ) -> StepResult:
-    """ids and targets [B, T] of the whole batch; updates the model in place unless a value is not finite."""
+    """ids, targets, positions, segments [B, T] of the whole batch; updates the model unless a value is not finite."""
     model.train()
     routers = model.routers().values()
     depths = len(model.mtp)
-    valid = [int((targets[:, k:] != IGNORE).sum()) for k in range(depths + 1)]  # targets of each depth
+    valid = [int((targets_of_depth(targets, segments, k) != IGNORE).sum()) for k in range(depths + 1)]
     counts = [max(count, 1) for count in valid]  # a depth that no document reaches adds nothing
     for router in routers:
         router.balance_weight.fill_(config.train.balance_loss_alpha / ids.shape[0])
     sums = torch.zeros(depths + 1, dtype=torch.float64)
-    for some_ids, some_targets in zip(
-        ids.split(config.train.micro_batch), targets.split(config.train.micro_batch), strict=True
-    ):
-        losses = loss_sums(model, some_ids, some_targets)
+    for first in range(0, ids.shape[0], config.train.micro_batch):
+        rows = slice(first, first + config.train.micro_batch)
+        packed = (None if tensor is None else tensor[rows] for tensor in (positions, segments))
+        losses = loss_sums(model, ids[rows], targets[rows], *packed)
         sums += torch.stack(losses).detach().cpu()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
@@ -82,13 +92,32 @@ def train_step(
     return result
 
 
-def loss_sums(model: Transformer, ids: Tensor, targets: Tensor) -> list[Tensor]:
-    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; ids, targets [b, T]."""
+def loss_sums(
+    model: Transformer, ids: Tensor, targets: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+) -> list[Tensor]:
+    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T]."""
     assert model.lm_head is not None
-    positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    hidden = model(ids, positions)
-    states = [hidden, *model.predict_further(hidden, ids, positions)]
-    return [
-        linear_cross_entropy(state.flatten(0, 1), model.lm_head.weight, targets[:, k:].flatten())
-        for k, state in enumerate(states)
-    ]
+    if positions is None:
+        positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+    hidden = model(ids, positions, segments)
+    losses = []
+    for k, state in enumerate([hidden, *model.predict_further(hidden, ids, positions, segments)]):
+        wanted = targets_of_depth(targets, segments, k)
+        if segments is None:
+            state, wanted = state.flatten(0, 1), wanted.flatten()
+        else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
+            state, wanted = state[wanted != IGNORE], wanted[wanted != IGNORE]
+        losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted))
+    return losses
+
+
+def targets_of_depth(targets: Tensor, segments: Tensor | None, depth: int) -> Tensor:
+    """What position i predicts at an MTP depth k, token i + k + 1, where it is of i's own sample: [b, T] → [b, T − k].
+
+    Every position that reaches past its sample's end is left out, and no other position attends to it that is not: so
+    what an MTP module makes of two samples' tokens together reaches no loss.
+    """
+    wanted = targets[:, depth:]
+    if segments is None:
+        return wanted
+    return wanted.masked_fill(segments[:, depth:] != segments[:, : wanted.shape[1]], IGNORE)

@@ -10,13 +10,17 @@ from typing import Any
 
 from leanseek.data import puzzles
 from leanseek.data.storyworld.cast import Stage, stage
+from leanseek.data.storyworld.gatherings import gathering
 from leanseek.data.storyworld.plots import PLOTS
 from leanseek.data.storyworld.questions import Fact, answer_is, as_reply, facts_of, request_for, sentences
 from leanseek.data.storyworld.talk import small_talk
 from leanseek.data.storyworld.words import pick
 
-__all__ = ["Fact", "Story", "answer_is", "chats", "documents", "played", "questions", "story"]
+__all__ = ["CHATS", "PRETRAINING", "QUESTIONS", "Fact", "Story", "answer_is", "chats", "documents", "played", "questions", "story"]
 
+# Seeds of what is trained on and of what is asked afterwards: no two share a story.
+PRETRAINING, CHATS, QUESTIONS = range(3)
+GATHERINGS = 0.4  # share of the documents
 BATCH = 10_000  # story numbers per batch: no two batches share one
 SHORTEST, LONGEST, FEWEST_FACTS = 5, 25, 3
 
@@ -57,21 +61,24 @@ def story(seed: int, number: int) -> Story:
 def documents(seed: int, number: int, size: int) -> Iterator[str]:
     """Batch `number` of texts to learn to read from: until they have `size` bytes of UTF-8 or more.
 
-    Stories; a third of them with two to four questions and answers below; now and then a few sums.
+    Stories, half of them with two to six questions and answers below; gatherings; now and then a few sums.
     """
     rng = random.Random(f"documents:{seed}:{number}")
     written = 0
     for k in range(BATCH):
         if written >= size:
             return
-        if rng.random() < 0.02:
+        r = rng.random()
+        if r < GATHERINGS:
+            text = gathering(random.Random(f"gathering:{seed}:{number * BATCH + k}"))
+        elif r < GATHERINGS + 0.02:
             sums = (puzzles.sum_of(seed, (number * BATCH + k) * 8 + i) for i in range(rng.randrange(3, 8)))
             text = "\n".join(f"Problem: {asked} = {asked.result}" for asked in sums)
         else:
             told = story(seed, number * BATCH + k)
             text = told.text
-            if rng.random() < 1 / 3:
-                asked_facts = rng.sample(told.facts, min(len(told.facts), rng.randrange(2, 5)))
+            if rng.random() < 1 / 2:
+                asked_facts = rng.sample(told.facts, min(len(told.facts), rng.randrange(2, 7)))
                 text += "\n" + "".join(f"\nQuestion: {f.question}\nAnswer: {as_reply(f.answer)}" for f in asked_facts)
         written += len(text.encode())
         yield text

@@ -1,0 +1,125 @@
+"""Supervised fine-tuning (report §5.1): from a run that continues text to one that answers in chats.
+
+As V3: two epochs, a cosine down from the peak, samples packed into one row and hidden from each other. What the report
+does not say, batch and length, is as at the end of pre-training.
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from leanseek import checkpoint
+from leanseek.config import BadInput, Config, DataConfig, Piece, ScheduleConfig, parse, to_toml
+from leanseek.data.chats import ChatLoader, Chats, fingerprint_of, longest_of, open_chats, pack
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.eval.bpb import Answers, answers_bits_per_byte, answers_of
+from leanseek.plan.count import flops_per_token
+from leanseek.train.setup import build, take_up, train_and_bill
+
+EPOCHS = 2
+PEAK, END = 0.3, 0.1  # the rate's peak as a share of pre-training's, and its end as a share of the peak
+WARM_UP = 0.03  # share of the budget
+
+
+def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Trains OUT on a file of chats, from RUN's weights or from where OUT stopped; returns its receipt.
+
+    `overrides` are laid over what `tuned` makes of RUN's configuration. Raises BadInput, OSError.
+    """
+    if out.resolve() == run.resolve():
+        raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
+    begun_with = checkpoint.read_run(run)
+    config = parse(to_toml(tuned(begun_with)), f"sft of {run}", list(overrides))
+    _check_overrides(config, begun_with, run)
+    tokenizer = _tokenizer_of(run, config)
+    weights = checkpoint.newest(run, _warn)
+    if weights is None:
+        raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
+    training, held_out, too_long = open_chats(file, tokenizer, longest_of(config.stages))
+    if too_long:
+        _warn(f"left out {too_long:,} chats longer than the {longest_of(config.stages)} tokens of a row")
+    answers = _answers(held_out, config.train.eval_tokens, tokenizer)
+    if not any(override.partition("=")[0].strip() == "train.tokens" for override in overrides):
+        config = config.model_copy(
+            update={"train": config.train.model_copy(update={"tokens": budget(training, config)})}
+        )
+    with checkpoint.lock(out):
+        config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True)
+        model, optimizers = build(config)
+        checkpoint.load_model_weights(weights.model, model)  # weights and routing bias: the optimizers begin anew
+        loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
+
+        def evaluate(stage: int) -> float:
+            return answers_bits_per_byte(model, answers).bpb
+
+        # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
+        length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
+        flops = [flops_per_token(config.model, length)] * len(config.stages)
+        reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
+        what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out"
+        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what)
+
+
+def tuned(config: Config) -> Config:
+    """A pre-training configuration turned into one for chats, but for the budget, which the chats decide."""
+    schedule, stage = config.schedule, config.stages[-1]
+    peak = PEAK * max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate)
+    learning_rate = (
+        Piece(until=WARM_UP, value=peak, shape="linear"),
+        Piece(until=1, value=END * peak, shape="cosine"),
+    )
+    # The report says nothing of balancing here. The bias stays as pre-training left it: the experts that a few chats
+    # prefer are no reason to move it. And a balance loss by sequence would take a row of several chats for one.
+    instructed = ScheduleConfig(
+        unit="fraction",
+        learning_rate=learning_rate,
+        batch_tokens=(Piece(until=1, value=schedule.batch_tokens[-1].value),),
+        bias_speed=(Piece(until=1, value=0),),
+        mtp_weight=(Piece(until=1, value=schedule.mtp_weight[-1].value),),
+    )
+    here = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None, "balance_loss_alpha": 0.0}
+    return config.model_copy(
+        update={
+            "train": config.train.model_copy(update=here),
+            "schedule": instructed,
+            "data": DataConfig(),
+            "stages": (stage.model_copy(update={"share": 1.0, "mixture": {}}),),
+        }
+    )
+
+
+def budget(chats: Chats, config: Config) -> int:
+    """Tokens of as many epochs as V3 took, padding included."""
+    length = config.stages[0].sequence_length
+    return EPOCHS * len(pack(chats.lengths, length)) * length
+
+
+def _check_overrides(config: Config, begun_with: Config, run: Path) -> None:
+    if config.model != begun_with.model:
+        raise BadInput(f"sft of {run}: the model is the run's own: leave model.* out")
+    if config.data != DataConfig() or any(stage.mixture for stage in config.stages):
+        raise BadInput(f"sft of {run}: chats are neither mixed nor packed like text: leave data.* and mixtures out")
+
+
+def _tokenizer_of(run: Path, config: Config) -> Tokenizer:
+    tokenizer, model = Tokenizer.load(run / "tokenizer"), config.model
+    ends = (tokenizer.bos_id, tokenizer.eos_id)
+    if tokenizer.vocab_size > model.vocab_size or ends != (model.bos_token_id, model.eos_token_id):
+        raise BadInput(
+            f"{run}: its tokenizer has {tokenizer.vocab_size} ids, with BOS and EOS {ends}; its model has "
+            f"{model.vocab_size}, with {(model.bos_token_id, model.eos_token_id)}: they do not belong together"
+        )
+    return tokenizer
+
+
+def _answers(chats: Chats, tokens: int, tokenizer: Tokenizer) -> Answers:
+    """Those of the first chats, up to so many tokens: always the same ones."""
+    enough = int(np.searchsorted(np.cumsum(chats.lengths), tokens)) + 1
+    return answers_of(map(chats.sample, range(min(enough, len(chats)))), tokenizer)
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

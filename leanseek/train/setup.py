@@ -1,0 +1,100 @@
+"""What every stage of training begins and ends with: a run folder, a model with its optimizers, the loop, the bill."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from leanseek import checkpoint
+from leanseek.config import BadInput, Config, TrainConfig
+from leanseek.model.transformer import Transformer
+from leanseek.plan.count import training_bytes
+from leanseek.train.cpu import ready_cpu
+from leanseek.train.log import Log
+from leanseek.train.loop import Batches, train
+from leanseek.train.optim import build_optimizers, watch_logits
+from leanseek.train.peak import faster_dtype, matmul_peak
+from leanseek.train.receipt import write_receipt
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def take_up(
+    run: Path, config: Config, data_fingerprint: str, tokenizer: Path, data: Path, chats: bool = False
+) -> Config:
+    """The configuration to train RUN with: the stored one where RUN is this very run, else RUN is made, with `config`.
+
+    RUN must be locked. Raises BadInput where RUN is something else, or more than this machine has.
+    """
+    stored = checkpoint.check_run(run, config, data_fingerprint)
+    if stored is None:
+        config = config.model_copy(update={"train": settled(config.train)})
+        _check_memory(config)
+        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats)
+    else:
+        config = stored
+        checkpoint.remember_data(run, data)
+    if config.train.device != "cpu" and not getattr(torch, config.train.device).is_available():
+        raise BadInput(f"{run}: it runs on {config.train.device!r}, and there is no such device here")
+    return config
+
+
+def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
+    """The initialised model on its device, which is made ready for it, and the optimizers."""
+    if config.train.device == "cpu":
+        ready_cpu()
+    model = Transformer(config.model, DTYPES[config.train.dtype])
+    model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
+    model.to(config.train.device)
+    optimizers = build_optimizers(model, config.optimizer)
+    if config.optimizer.qk_clip is not None:
+        watch_logits(model)
+    if config.train.compile:
+        for block in model.layers.values():
+            block.compile()
+    return model, optimizers
+
+
+def train_and_bill(
+    run: Path,
+    config: Config,
+    model: Transformer,
+    optimizers: list[Optimizer],
+    batches: Batches,
+    evaluate: Callable[[int], float],
+    flops_per_token: list[float],
+    what: str,
+) -> dict[str, Any]:
+    """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on."""
+    device = torch.device(config.train.device)
+    peak = matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192)
+    with Log(run, config.train.tokens, peak) as log:
+        log.say(f"{run}: {config.train.tokens:,} tokens, {what}, on {device.type} in {config.train.dtype}")
+        progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log)
+    return write_receipt(run, config, progress, ending)
+
+
+def settled(train: TrainConfig) -> TrainConfig:
+    """`auto` replaced by what this machine has and does faster; the run keeps it from then on."""
+    device = train.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"  # mps only when asked for: nobody has run it yet
+    dtype = faster_dtype(torch.device(device)) if train.dtype == "auto" else train.dtype
+    return train.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _check_memory(config: Config) -> None:
+    """Refuses, before anything is allocated, a model whose weights, gradients and moments cannot fit."""
+    if config.train.device == "cuda":
+        there = torch.cuda.get_device_properties(0).total_memory
+    else:
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    needed = training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
+    if needed > there:
+        raise BadInput(
+            f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "
+            f"this machine has {there / 2**30:,.0f} GiB: take a smaller recipe"
+        )
