@@ -1,0 +1,81 @@
+"""CPU-seconds per token: short runs of all rows in turn, each in a process of its own."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from leanseek.bench import controls
+from leanseek.bench.rows import Row, config_of, control_of
+from leanseek.config import Piece
+from leanseek.data.shards import open_data
+from leanseek.train.cpu import ready_cpu
+from leanseek.train.log import read_metrics
+from leanseek.train.pretrain import pretrain
+
+SPEED_ROUNDS, SPEED_STEPS, SPEED_WARM_UP = 3, 12, 3
+
+
+def measure_speed(
+    rows: list[tuple[Row, Path, str]], rounds: int = SPEED_ROUNDS, steps: int = SPEED_STEPS
+) -> list[list[float]]:
+    """CPU-seconds per token by row and round; a row comes with its DATA and its dtype. In turn: A B C A B C.
+
+    Each is measured on one thread: there a CPU-second is work, while threads that wait for each other on a busy machine
+    burn CPU-seconds for nothing.
+    """
+    found: list[list[float]] = [[] for _ in rows]
+    for _ in range(rounds):
+        for (row, folder, dtype), times in zip(rows, found, strict=True):
+            times.append(speed_of(row, folder, dtype, steps))
+    return found
+
+
+def speed_of(row: Row, folder: Path, dtype: str, steps: int = SPEED_STEPS) -> float:
+    """CPU-seconds per token of one short run in a process of its own, its first steps left out."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_short_run, row, folder, dtype, steps).result()
+
+
+def _short_run(row: Row, folder: Path, dtype: str, steps: int) -> float:
+    ready_cpu()
+    torch.set_num_threads(1)
+    warm_up = min(SPEED_WARM_UP, steps - 1)
+    run = folder.parent / "runs" / f".speed-{os.getpid()}"
+    shutil.rmtree(run, ignore_errors=True)
+    try:
+        with silence():
+            if row.control:
+                control = control_of(row, row.tokens, None)
+                data = open_data(folder, verify=False)
+                ended = controls.train(control, dtype, 0, data, run, 1, most_steps=steps)
+                return median(ended["step_cpu_seconds"][warm_up:]) / control.batch_tokens
+            config = config_of(row, row.tokens, None, 0)
+            # The batch that most of the tokens are trained with, and nothing but steps between the first and the last.
+            full = max(piece.value for piece in config.schedule.batch_tokens)
+            batch = (Piece(until=1, value=full),)
+            train = {"max_steps": steps, "eval_every": 10**9, "eval_tokens": 1, "checkpoint_every": 10**9}
+            config = config.model_copy(
+                update={
+                    "schedule": config.schedule.model_copy(update={"batch_tokens": batch}),
+                    "train": config.train.model_copy(update=train),
+                }
+            )
+            pretrain(config, folder, run)
+            lines = read_metrics(run)[0]
+            pairs = zip(lines[warm_up - 1 :], lines[warm_up:], strict=False)
+            return median((b["cpu_seconds"] - a["cpu_seconds"]) / (b["tokens"] - a["tokens"]) for a, b in pairs)
+    finally:
+        shutil.rmtree(run, ignore_errors=True)
+
+
+@contextmanager
+def silence() -> Iterator[None]:
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere), redirect_stdout(nowhere):
+        yield

@@ -1,0 +1,655 @@
+"""The ledger: its controls by closed forms and a slow twin, its queue by interruption, its score by hand."""
+
+import json
+import math
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from leanseek import checkpoint
+from leanseek.bench import controls, ledger, queue, quick, rows, speed
+from leanseek.bench.controls import Control, Ordinary, Windows, build, flops_per_token, learning_rate, train
+from leanseek.bench.ledger_page import draw, rendered
+from leanseek.bench.queue import Item, Place, is_done, items, work_through
+from leanseek.bench.rows import ORDINARY, ROWS, Row, chosen_rows, config_of, same_settings, settings_of, shape, steps_of
+from leanseek.bench.score import Score, as_json, best_of_each, scores, target_of, tokens_to
+from leanseek.bench.track import Track, data_of_track, find_track, fixed_cpu_seconds, split_of
+from leanseek.cli import main
+from leanseek.config import BadInput
+from leanseek.data.shards import Data, open_data
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.eval.bpb import bits_per_byte
+from tests.tiny import RECIPE, story
+
+SMALL: dict[str, Any] = {"vocab_size": 320, "layers": 2, "width": 32, "heads": 2, "context": 32}
+TOKENS = 12 * 256
+ORDINARY_ROW = Row(ORDINARY, "o", TOKENS, (4e-3, 8e-3), Control("ordinary", TOKENS, 4e-3, 256, **SMALL))
+BEST_ROW = Row("best-dense", "b", TOKENS, (), Control("best", TOKENS, 1.6e-2, 256, **SMALL))
+TINY_ROW = Row("tiny", "t", 2048, (5e-3, 1e-2), recipe=str(RECIPE), overrides=("train.dtype=fp32",))
+SMALL_ROWS = (ORDINARY_ROW, BEST_ROW, TINY_ROW)
+
+
+def write_text(file: Path, documents: int, seed: int) -> None:
+    dice = random.Random(seed)
+    file.write_text("".join(json.dumps({"text": story(dice)}) + "\n" for _ in range(documents)))
+
+
+@pytest.fixture(scope="module")
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts") / "mini"
+    folder.mkdir()
+    write_text(folder / "train.jsonl", 200, 0)
+    write_text(folder / "val.jsonl", 8, 1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def kept(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A place whose DATA is prepared."""
+    out = tmp_path_factory.mktemp("kept")
+    place = Place(out, find_track(texts, None, out))
+    data_of_track(place.track, out, 320)
+    return place
+
+
+@pytest.fixture(scope="module")
+def data(kept: Place) -> Data:
+    return open_data(kept.out / kept.track.name / "data-320")
+
+
+@pytest.fixture
+def place(kept: Place, tmp_path: Path) -> Place:
+    """A ledger with nothing in it but that DATA."""
+    (tmp_path / kept.track.name).mkdir()
+    (tmp_path / kept.track.name / "data-320").symlink_to(kept.out / kept.track.name / "data-320")
+    return Place(tmp_path, kept.track)
+
+
+@pytest.fixture
+def no_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Speeds as if measured, without a process for each."""
+
+    def measured(of: list[Any], rounds: int = 3, steps: int = 12) -> list[list[float]]:
+        return [[1e-4 * (i + 1)] * rounds for i in range(len(of))]
+
+    monkeypatch.setattr(queue, "measure_speed", measured)
+
+
+# ── the controls ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ordinary_has_the_parameters_of_gpt2_without_biases() -> None:
+    layers, width, vocabulary, context = 4, 256, 4096, 256
+    expected = vocabulary * width + context * width + layers * (12 * width**2 + 2 * width) + width
+    assert shape(ROWS[0])[0] == expected == 4_262_144
+
+
+def test_flops_of_a_dense_row_are_those_of_its_matmuls() -> None:
+    control = Control("ordinary", 1, 1.0, 1, **SMALL)
+    model, _ = build(control, "fp32", 0)
+    # Every matrix but the positions multiplies, the tied one as the head; the mean query sees (T + 1) / 2 keys.
+    weights = sum(p.numel() for name, p in model.named_parameters() if p.dim() >= 2 and "positions" not in name)
+    scores_and_values = 2 * 2 * 32 * (32 + 1) / 2
+    assert flops_per_token(control) == 6 * (weights + scores_and_values)
+    assert flops_per_token(replace(control, kind="best")) == flops_per_token(control)
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "best"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_control_begins_at_the_loss_of_knowing_nothing(data: Data, kind: Any, dtype: str) -> None:
+    control = Control(kind, TOKENS, 0.0, 256, **SMALL)
+    model, optimizers = build(control, dtype, 0)
+    ids, targets = Windows(data, 32, 0).batch(kind, 0, 0, 8)
+    loss = controls.train_step(model, optimizers, ids, targets, 0.0, control)
+    # A zero head is exact; logits of width 32 and weights of 0.02 have a variance of 0.0128, which costs half of it.
+    assert loss == pytest.approx(math.log(320), abs=1e-3 if kind == "best" else 0.03)
+
+
+def slow_ordinary(model: Ordinary, ids: list[int]) -> Tensor:
+    """Hidden states [T, D] of one window: position by position, head by head, in FP64."""
+    w = {name: tensor.double() for name, tensor in model.state_dict().items()}
+    width = w["lm_head.weight"].shape[1]
+    heads = model.blocks[0].heads
+    size = width // heads
+
+    def norm(x: Tensor, weight: Tensor) -> Tensor:
+        return (x - x.mean()) / (x.var(unbiased=False) + 1e-5).sqrt() * weight
+
+    stream = [w["lm_head.weight"][i] + w["embed_positions.weight"][t] for t, i in enumerate(ids)]
+    for n in range(len(model.blocks)):
+        b = {name.removeprefix(f"blocks.{n}."): tensor for name, tensor in w.items() if name.startswith(f"blocks.{n}.")}
+        qkv = [b["qkv_proj.weight"] @ norm(x, b["attention_norm.weight"]) for x in stream]
+        for t in range(len(ids)):
+            mixed = []
+            for h in range(heads):
+                at = slice(h * size, (h + 1) * size)
+                q = qkv[t][:width][at]
+                logits = torch.stack([q @ qkv[s][width : 2 * width][at] / math.sqrt(size) for s in range(t + 1)])
+                p = logits.exp() / logits.exp().sum()
+                mixed.append(sum(p[s] * qkv[s][2 * width :][at] for s in range(t + 1)))
+            stream[t] = stream[t] + b["o_proj.weight"] @ torch.cat(mixed)
+        for t, x in enumerate(stream):
+            up = b["up_proj.weight"] @ norm(x, b["mlp_norm.weight"])
+            stream[t] = x + b["down_proj.weight"] @ (up * (1 + torch.erf(up / math.sqrt(2))) / 2)
+    return torch.stack([norm(x, w["norm.weight"]) for x in stream])
+
+
+def test_ordinary_against_its_slow_twin() -> None:
+    model = Ordinary(Control("ordinary", 1, 1.0, 1, **SMALL), torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():  # unit-scale activations and uneven norms: a fault would show
+            scale = parameter.shape[-1] ** -0.5 if parameter.dim() >= 2 else 0.3
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.dim() < 2))
+    ids = torch.randint(320, (1, 12), generator=generator)
+    hidden = model(ids, torch.arange(12)[None])[0].double()
+    # FP32 against FP64 over two layers of unit scale: a few times 2⁻²⁴ per sum of 32 to 128 terms.
+    assert torch.allclose(hidden, slow_ordinary(model, ids[0].tolist()), atol=2e-5)
+
+
+def test_best_cannot_see_ahead() -> None:
+    model, _ = build(Control("best", 1, 1.0, 1, **SMALL), "fp32", 0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(0.0, 0.2)
+    ids = torch.randint(320, (1, 32))
+    changed = ids.clone()
+    changed[0, 20] = (ids[0, 20] + 1) % 320
+    before, after = (model(each, torch.arange(32)[None])[0] for each in (ids, changed))
+    assert torch.equal(before[:20], after[:20])
+    assert not torch.allclose(before[25], after[25])
+
+
+def test_the_initialisation_of_ordinary_is_gpt2s() -> None:
+    model, _ = build(Control("ordinary", 1, 1.0, 1), "fp32", 0)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            assert parameter.eq(1).all()
+            continue
+        std = 0.02 / math.sqrt(8) if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
+        # 65,536 draws at least: the sample's standard deviation is off by 0.3% in the mean, five times that never.
+        assert parameter.std().item() == pytest.approx(std, rel=0.015), name
+
+
+def test_matrices_decay_and_norms_do_not() -> None:
+    _, (adamw,) = build(Control("ordinary", 1, 1.0, 1, **SMALL), "fp32", 0)
+    decayed, plain = adamw.param_groups
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert all(p.dim() >= 2 for p in decayed["params"])
+    assert all(p.dim() == 1 for p in plain["params"])
+    assert decayed["betas"] == (0.9, 0.95)
+
+
+@pytest.mark.parametrize("kind", ["ordinary", "best"])
+def test_every_parameter_has_one_optimizer(kind: Any) -> None:
+    model, optimizers = build(Control(kind, 1, 1.0, 1, **SMALL), "fp32", 0)
+    held = [id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(id(p) for p in model.parameters())
+
+
+def test_schedules_at_given_steps() -> None:
+    ordinary = Control("ordinary", 1600 * 8192, 1e-3, 8192)
+    assert ordinary.steps == 1600
+    assert learning_rate(ordinary, 0) == pytest.approx(1e-3 / 101)
+    assert learning_rate(ordinary, 100) == pytest.approx(1e-3)
+    assert learning_rate(ordinary, 850) == pytest.approx(0.55e-3)  # half of the cosine: between 1 and a tenth
+    assert learning_rate(ordinary, 1599) == pytest.approx(1e-4, rel=1e-4)
+    best = Control("best", 1000 * 4096, 1e-2, 4096)
+    assert learning_rate(best, 0) == learning_rate(best, 600) == 1e-2
+    assert learning_rate(best, 800) == pytest.approx(0.5e-2)
+    assert learning_rate(best, 999) == pytest.approx(1e-2 / 400)
+
+
+def test_windows_are_the_text(data: Data) -> None:
+    bos = Tokenizer.load(data.tokenizer_folder).bos_id
+    windows = Windows(data, 32, bos)
+    expected = [token for ids, _ in data.documents("train") for token in (bos, *ids.tolist())]
+    assert windows.stream.tolist() == expected
+    for kind in ("ordinary", "best"):
+        ids, targets = windows.batch(kind, 3, 5, 4)
+        assert torch.equal(ids[:, 1:], targets[:, :-1])
+        again, _ = windows.batch(kind, 3, 5, 4)
+        other, _ = windows.batch(kind, 4, 5, 4)
+        assert torch.equal(ids, again)
+        assert not torch.equal(ids, other)
+    whole = (len(expected) - 1) // 32
+    seen = torch.cat([windows.batch("best", 0, step, 1)[0] for step in range(whole)])
+    in_order = torch.tensor(expected[: whole * 32]).view(whole, 32)
+    assert sorted(seen.tolist()) == sorted(in_order.tolist())  # once each per epoch
+
+
+@pytest.mark.parametrize("row", [ORDINARY_ROW, BEST_ROW], ids=lambda row: row.name)
+def test_killed_and_resumed_is_undisturbed(
+    row: Row, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controls, "CHECKPOINT_EVERY", 4)
+    assert row.control is not None
+    undisturbed = train(row.control, "fp32", 0, data, tmp_path / "a", 3)
+    train(row.control, "fp32", 0, data, tmp_path / "b", 3, most_steps=6)  # two steps past its checkpoint
+    resumed = train(row.control, "fp32", 0, data, tmp_path / "b", 3)
+    assert len(resumed["step_cpu_seconds"]) == 8
+    assert resumed["loss"] == undisturbed["loss"]
+    assert resumed["curve"] == undisturbed["curve"]
+    assert [tokens for tokens, _ in resumed["curve"]] == [TOKENS // 3, 2 * TOKENS // 3, TOKENS]
+    assert resumed["curve"][-1][1] < resumed["curve"][0][1]
+    newest = checkpoint.newest(tmp_path / "b", pytest.fail)
+    assert newest is not None
+    assert newest.step == 8
+
+
+def test_accumulation_changes_nothing(data: Data) -> None:
+    control = Control("ordinary", TOKENS, 1e-2, 256, **SMALL)
+    ids, targets = Windows(data, 32, 0).batch("ordinary", 0, 0, 8)
+    found = []
+    for at_once in (8, 2):
+        model, optimizers = build(control, "fp32", 0)
+        losses = [
+            controls.train_step(model, optimizers, ids, targets, 1e-2, replace(control, windows_at_once=at_once))
+            for _ in range(3)
+        ]
+        found.append(losses)
+    assert found[0] == pytest.approx(found[1], rel=1e-5)  # FP32 sums in another order
+    assert found[0][2] < found[0][0]
+
+
+def test_the_whole_validation_text_is_scored(data: Data, tmp_path: Path) -> None:
+    control = Control("ordinary", 256, 0.0, 256, **SMALL)
+    ended = train(control, "fp32", 0, data, tmp_path / "run", 1)
+    model, _ = build(control, "fp32", 0)
+    bos = Tokenizer.load(data.tokenizer_folder).bos_id
+    found = bits_per_byte(model, data.documents("validation"), 32, bos)  # type: ignore[arg-type]
+    assert found.bytes == data.counts("validation").bytes
+    assert ended["curve"] == [[256, found.bpb]]
+
+
+# ── tracks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_files_are_found_by_name() -> None:
+    found = {
+        "train.txt": ("", "train"),
+        "val.jsonl": ("", "val"),
+        "validation.jsonl.gz": ("", "val"),
+        "easy-train.jsonl.zst": ("easy", "train"),
+        "easy-val.jsonl.gz": ("easy", "val"),
+        "books-train-003.jsonl.zst": ("books", "train"),
+        "tiny-stories_val.txt": ("tiny-stories", "val"),
+        "train0.txt": ("", "train"),
+        "strain.txt": None,
+        "trains.txt": None,
+        "interval.txt": None,
+        "train.bin": None,
+        "easy.txt": None,
+    }
+    assert {name: split_of(name) for name in found} == found
+
+
+def test_a_track_is_chosen_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for name in ("easy-train.jsonl", "easy-val.jsonl", "hard-train-0.jsonl", "hard-train-1.jsonl", "hard-val.jsonl"):
+        write_text(folder / name, 2, 0)
+    write_text(folder / "odd-train.jsonl", 2, 0)  # without validation text: no track
+    hard = find_track(folder, "hard", tmp_path)
+    assert [Path(file).name for file in hard.train] == ["hard-train-0.jsonl", "hard-train-1.jsonl"]
+    assert [Path(file).name for file in hard.validation] == ["hard-val.jsonl"]
+    with pytest.raises(BadInput, match="several tracks: add --track, one of easy, hard"):
+        find_track(folder, None, tmp_path)
+    with pytest.raises(BadInput, match=r"did you mean 'hard'.*there are: easy, hard"):
+        find_track(folder, "hart", tmp_path)
+    write_text(folder / "hard-val.jsonl", 3, 0)
+    with pytest.raises(BadInput, match="was begun on other text"):
+        find_track(folder, "hard", tmp_path)
+
+
+def test_the_text_at_hand_is_split_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [f"x = {n}\n" for n in range(300)]
+
+    def written(folder: Path) -> list[str]:
+        (folder / "code.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in sources))
+        (folder / "prose.jsonl").write_text("")
+        return []
+
+    monkeypatch.setattr("leanseek.bench.track.text_at_hand", written)
+    track = find_track(None, None, tmp_path)
+    train, held_out = (
+        [json.loads(line)["text"] for line in Path(file).read_text().splitlines()]
+        for file in (*track.train, *track.validation)
+    )
+    assert track.name == "stdlib"
+    assert sorted(train + held_out) == sorted(sources)
+    assert 0 < len(held_out) < 30
+
+
+def test_validation_text_stays_whole(data: Data) -> None:
+    assert data.counts("validation").documents == 8
+    assert data.counts("train").documents > 100
+    assert fixed_cpu_seconds(data) >= 0
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_v3s_schedules_scale_with_the_learning_rate() -> None:
+    row = next(row for row in ROWS if row.name == "faithful-v3")
+    config = config_of(row, 1_000_000, 1e-3, seed=3)
+    assert config.optimizer.name == "adamw"
+    assert [piece.value for piece in config.schedule.learning_rate] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 3.3e-5])
+    assert (config.train.tokens, config.train.seed) == (1_000_000, 3)
+    # A ramp from 1,024 to 4,096 over 32,000 tokens takes log(4) / log(1 + 3,072 / 32,000) ≈ 15 steps; the rest is full.
+    assert steps_of(config) == pytest.approx(15 + 968_000 / 4096, abs=3)
+    assert steps_of(config_of(ROWS[3], 4096 * 100, None, 0)) == 100
+
+
+def test_a_users_recipe_is_one_more_row(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.toml"
+    mine.write_text(RECIPE.read_text())
+    found = chosen_rows("nano", str(mine), ["mine=4096"])
+    assert [row.name for row in found] == ["nano", "mine"]
+    assert (found[1].tokens, found[1].full_tokens) == (6144, 4096)
+    for arguments, words in (
+        ((None, "nano"), "a row 'nano' already"),
+        (("nani", None), "no row 'nani' .did you mean 'nano'"),
+        ((None, None, ["nano=many"]), "ROW=NUMBER"),
+        ((None, None, ["nano=-1"]), "ROW=NUMBER"),
+        ((None, None, ["nina=1e6"]), "no row 'nina'"),
+    ):
+        with pytest.raises(BadInput, match=words):
+            chosen_rows(*arguments)
+
+
+# ── the queue ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_queue_does_what_is_missing_and_only_that(place: Place, no_speed: None) -> None:
+    assert work_through(place, SMALL_ROWS, SMALL_ROWS, 1, None, None, "the command") == []
+    folder = place.out / place.track.name / "receipts"
+    first = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")}
+    assert {name for name in first if "-run-" in name} == {
+        "ordinary-run-3072-seed0.json",
+        "best-dense-run-3072-seed0.json",
+        "tiny-run-2048-seed0.json",
+    }
+    receipt = json.loads((folder / "tiny-run-2048-seed0.json").read_text())
+    assert set(receipt) >= {
+        *("row", "seed", "track", "command", "commit", "machine", "settings", "tokens"),
+        *("seconds", "cpu_seconds", "flops", "curve", "bpb"),
+    }
+    assert receipt["command"] == "the command"
+    assert receipt["bpb"] == receipt["curve"][-1][1]
+    assert receipt["curve"][-1][0] == receipt["tokens"] == 2048
+    (folder / "best-dense-run-3072-seed0.json").unlink()
+    work_through(place, (BEST_ROW,), SMALL_ROWS, 1, None, None, "")
+    second = {file.name: file.stat().st_mtime_ns for file in folder.glob("*.json")}
+    assert {name for name in second if second[name] != first[name]} == {"best-dense-run-3072-seed0.json"}
+    target = target_of(place.receipts(), SMALL_ROWS)
+    assert [score.row.name for score in scores(place, SMALL_ROWS, target)] == [row.name for row in SMALL_ROWS]
+
+
+def test_a_row_that_changed_is_another_row(place: Place, no_speed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert BEST_ROW.control is not None
+    changed = replace(BEST_ROW, control=replace(BEST_ROW.control, weight_decay=0.2))
+    monkeypatch.setattr(queue, "train_row", lambda place, item: result(item, 2.0))
+    for row in (BEST_ROW, changed):
+        before = [item.name for item in items(place, (row,), (row,), 1) if not is_done(place, item)]
+        assert before == ["best-dense-dtype", "best-dense-run-3072-seed0", "speed"]
+        assert work_through(place, (row,), (row,), 1, None, None, "") == []
+    aside = place.out / place.track.name / "receipts" / "superseded"
+    assert sorted(file.name for file in aside.iterdir()) == [
+        "best-dense-dtype-0.json",
+        "best-dense-run-3072-seed0-1.json",
+    ]
+    assert is_done(place, Item("run", changed))
+    assert not is_done(place, Item("run", BEST_ROW))
+
+
+def test_recipes_are_compared_by_what_changes_a_weight() -> None:
+    receipt = {"settings": settings_of(TINY_ROW, 2048, 5e-3)}
+    assert same_settings(TINY_ROW, receipt)
+    assert same_settings(TINY_ROW, receipt, 2048)
+    assert not same_settings(TINY_ROW, receipt, 4096)
+    more_often = replace(TINY_ROW, overrides=(*TINY_ROW.overrides, "train.checkpoint_every=7"))
+    assert same_settings(more_often, receipt)
+    decayed = replace(TINY_ROW, overrides=(*TINY_ROW.overrides, "optimizer.weight_decay=0.2"))
+    assert not same_settings(decayed, receipt)
+
+
+def test_nothing_begins_after_the_minutes(place: Place, no_speed: None) -> None:
+    missing = work_through(place, SMALL_ROWS, SMALL_ROWS, 1, 1e-9, None, "")
+    assert len(missing) == len(items(place, SMALL_ROWS, SMALL_ROWS, 1))
+    assert not place.receipts()
+
+
+def test_an_item_in_work_elsewhere_is_left_alone(place: Place, no_speed: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    only = (replace(BEST_ROW, name=ORDINARY),)
+    monkeypatch.setattr(queue, "train_row", lambda place, item: done.append(item.name) or result(item, 2.0))
+    work = place.work(Item("run", only[0], seed=0))
+    with checkpoint.lock(work.with_name(f".{work.name}")):
+        missing = work_through(place, only, only, 2, None, None, "")
+    assert [item.name for item in missing] == ["ordinary-run-3072-seed0"]
+    assert done == ["ordinary-run-3072-seed1"]
+
+
+def result(item: Item, bpb: float, curve: list[list[float]] | None = None) -> dict[str, Any]:
+    """What a training item would find."""
+    assert item.row is not None
+    tokens = queue.tokens_of(item)
+    curve = [[tokens, bpb]] if curve is None else curve
+    return {
+        "settings": settings_of(item.row, tokens, item.rate),
+        "dtype": "fp32",
+        "tokens": tokens,
+        "flops": 1e9,
+        "seconds": 1.0,
+        "cpu_seconds": 2.0,
+        "curve": curve,
+        "bpb": curve[-1][1],
+    }
+
+
+@pytest.mark.parametrize(("best", "points"), [(4e-3, 3), (8e-3, 4), (1e-3, 5), (1.0, 7)])
+def test_the_search_takes_the_best_and_goes_on_at_its_ends(
+    place: Place, no_speed: None, monkeypatch: pytest.MonkeyPatch, best: float, points: int
+) -> None:
+    row = replace(ORDINARY_ROW, rates=(2e-3, 4e-3, 8e-3))
+    trained = {}
+
+    def found(place: Place, item: Item) -> dict[str, Any]:
+        rate = item.rate if item.kind == "search" else queue.best_rate(place, row)
+        trained[item.name] = rate
+        assert queue.tokens_of(item) == (TOKENS // 4 if item.kind == "search" else TOKENS)
+        return result(replace(item, rate=rate), math.log2(rate / best) ** 2)
+
+    monkeypatch.setattr(queue, "train_row", found)
+    assert work_through(place, (row,), (row,), 1, None, None, "") == []
+    searched = [rate for name, rate in trained.items() if "search" in name]
+    assert len(searched) == points
+    assert trained["ordinary-run-3072-seed0"] == min(searched, key=lambda rate: abs(math.log2(rate / best)))
+
+
+# ── the score ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_tokens_to_a_target_lie_on_the_line_between_two_validations() -> None:
+    curve = [[100, 3.0], [200, 2.0], [300, 2.2], [400, 1.8]]
+    assert tokens_to(curve, 2.5) == 150
+    assert tokens_to(curve, 2.0) == 200
+    assert tokens_to(curve, 1.9) == pytest.approx(375)
+    assert tokens_to(curve, 3.5) == 100  # not before the first validation
+    assert tokens_to(curve, 1.7) == math.inf
+    assert tokens_to([], 1.0) == math.inf
+
+
+def keep(place: Place, item: Item, **found: Any) -> None:
+    path = place.receipt(item)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = item.row.name if item.row else None
+    about = {"kind": item.kind, "row": name, "seed": item.seed, "commit": "0" * 40, "machine": {"cpu": "X", "cores": 2}}
+    path.write_text(json.dumps(about | found))
+
+
+@pytest.fixture
+def filled(place: Place) -> Place:
+    """A ledger with receipts made up: the control ends at 2.0 in the median; best gets there at 1,000 of 3,072."""
+    for seed, bpb in enumerate((1.9, 2.0, 2.1)):
+        item = Item("run", ORDINARY_ROW, 4e-3, seed)
+        keep(place, item, **result(item, bpb, [[1536, 2.5], [3072, bpb]]))
+    for seed, last in enumerate((1.5, 1.0)):
+        item = Item("run", BEST_ROW, None, seed)
+        keep(place, item, **result(item, 0.0, [[500, 2.0 + (2.0 - last)], [1500, last]]))
+    item = Item("run", TINY_ROW, 1e-2, 0)
+    keep(place, item, **result(item, 0.0, [[1024, 3.0], [2048, 2.4]]))
+    for rate, bpb in ((4e-3, 2.9), (8e-3, 2.95)):
+        item = Item("search", ORDINARY_ROW, rate)
+        keep(place, item, **result(item, bpb))
+    speeds = {
+        row.name: {
+            "settings": settings_of(row, row.tokens, None),
+            "cpu_seconds_per_token": cost,
+            "rounds": [cost],
+            "dtype": "fp32",
+        }
+        for row, cost in zip(SMALL_ROWS, (1e-3, 2e-3, 3e-3), strict=True)
+    }
+    keep(place, Item("speed"), rows=speeds)
+    return place
+
+
+def test_the_score_by_hand(filled: Place) -> None:
+    target = target_of(filled.receipts(), SMALL_ROWS)
+    assert target == 2.0
+    best = best_of_each(scores(filled, SMALL_ROWS, target))
+    fixed = best[ORDINARY].fixed_cpu_seconds
+    assert best[ORDINARY].tokens == (3072, 3072, 3072)  # by definition, wherever a seed ends
+    assert best[ORDINARY].score == pytest.approx(3072 * 1e-3 + fixed)
+    assert best["best-dense"].tokens == pytest.approx((1000, 1000))
+    assert best["best-dense"].score == pytest.approx(1000 * 2e-3 + fixed)
+    assert best["tiny"].score == math.inf
+    lines = {line["name"]: line for line in as_json(list(best.values()))}
+    assert lines["best-dense / ordinary"]["ratio_median"] == pytest.approx((2 + fixed) / (3.072 + fixed))
+    assert lines["tiny / ordinary"]["ratio_median"] is None
+    assert lines["best-dense / ordinary"]["n"] == 2
+    json.dumps(lines, allow_nan=False)
+
+
+def test_of_several_budgets_the_cheapest_counts(filled: Place) -> None:
+    shorter = replace(BEST_ROW, budget=1024)
+    item = Item("run", shorter, None, 0)
+    keep(filled, item, **result(item, 0.0, [[512, 2.4], [1024, 1.6]]))
+    found = scores(filled, SMALL_ROWS, 2.0)
+    assert [score.budget for score in found if score.row.name == "best-dense"] == [1024, 3072]
+    assert best_of_each(found)["best-dense"].median_tokens == 768
+
+
+def test_the_page_and_its_plot(filled: Place, tmp_path: Path) -> None:
+    found = scores(filled, SMALL_ROWS, 2.0)
+    page = rendered(filled, SMALL_ROWS, found, 2.0)
+    for words in ("**2.0000 bits per byte**", "| `ordinary` |", "not reached", "0.004", "**2.9000**", "val.jsonl"):
+        assert words in page
+    assert str(filled.out) not in page
+    tables = [line.count("|") for line in page.splitlines() if line.startswith("| `best-dense`")]
+    heads = [line.count("|") for line in page.splitlines() if line.startswith("| row")]
+    assert tables == heads
+    draw(filled.receipts(), best_of_each(found), 2.0, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+# ── quick ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_quick_fails_at_a_tenth_worse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(ledger, "find_track", lambda *_: Track("t", (), (), {}))
+    for ratios, code in (([1.09, 1.2, 1.0], 0), ([1.11, 1.11, 0.9], 1), ([1.1], 1), ([math.inf], 1)):
+        monkeypatch.setattr(ledger, "quick", lambda *_, r=ratios: quick.comparison("a / b", 1.0, 1.0, r))
+        with pytest.raises(SystemExit) as end:
+            main(["bench", "ledger", "--quick", "--json"])
+        assert end.value.code == code
+        said = capsys.readouterr()
+        assert ("FAILS" in said.err) == bool(code)
+        (row,) = json.loads(said.out)
+        assert set(row) == {"name", "ours", "peer", "ratio_median", "ratio_min", "ratio_max", "unit", "n"}
+
+
+def test_quick_measures_the_cost_of_the_same_quality(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = replace(TINY_ROW, name="nano")
+    budgets: dict[str, int] = {}
+
+    def control_ends(control: Control, *_: Any, **__: Any) -> dict[str, Any]:
+        budgets["peer"] = control.tokens
+        return {"curve": [[control.tokens, 2.0]], "tokens": control.tokens}
+
+    def ours_ends(config: Any, folder: Path, run: Path) -> None:
+        budgets["ours"] = config.train.tokens
+        (run).mkdir(parents=True)
+        lines = [{"tokens": config.train.tokens // 2, "bpb": 2.5}, {"tokens": config.train.tokens, "bpb": 1.5}]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    monkeypatch.setattr(quick, "measure_speed", lambda of, rounds, steps: [[1e-3] * 2, [2e-3] * 2])
+    monkeypatch.setattr(quick.controls, "train", control_ends)
+    monkeypatch.setattr(quick, "pretrain", ours_ends)
+    found = quick.quick(place, (BEST_ROW, ours), cpu_seconds=102.4)
+    assert budgets == {"peer": 102_400, "ours": 220 * 256}  # 10% more CPU-seconds at twice the price per token
+    assert found["ratio_median"] == pytest.approx(0.75 * 220 * 256 * 2e-3 / 102.4)
+    assert found["n"] == quick.QUICK_SEEDS
+
+
+def test_speed_is_measured_in_turn_in_processes_of_their_own(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns: list[str] = []
+    monkeypatch.setattr(speed, "speed_of", lambda row, *_: turns.append(row.name) or 1.0)
+    speed.measure_speed([(row, data.folder, "fp32") for row in SMALL_ROWS], rounds=2)
+    assert turns == ["ordinary", "best-dense", "tiny"] * 2
+    monkeypatch.undo()
+    for row in (BEST_ROW, TINY_ROW):
+        assert 0 < speed.speed_of(row, data.folder, "fp32", steps=5) < 1e-2
+    assert not list((data.folder.parent / "runs").glob(".speed*"))
+
+
+# ── the verb ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_what_is_wrong_is_said_in_one_line(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for arguments, words in (
+        (["--data", str(tmp_path / "gone")], "no such folder"),
+        (["--data", str(empty)], "no text files with 'train' and with 'val'"),
+        (["--track", "stdlub"], "did you mean 'stdlib'"),
+        (["--data", str(texts), "--rows", "ordinar"], "did you mean 'ordinary'"),
+        (["--data", str(texts), "--seeds", "0"], "--seeds must be a positive number"),
+        (["--data", str(texts), "--minutes", "nan"], "--minutes must be a positive number"),
+        (["--data", str(texts), "--threads", "-1"], "--threads must be a positive number"),
+        (["--data", str(texts), "--write", str(tmp_path / "page.md")], "has not been run yet"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            main(["bench", "ledger", "--out", str(tmp_path / "out"), *arguments])
+        said = capsys.readouterr().err
+        assert end.value.code == 2
+        assert said.count("leanseek: ") == 1
+        assert words in said
+
+
+def test_the_status_names_every_item(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--data", str(texts), "--out", str(tmp_path), "--status", "--seeds", "2"]
+    with pytest.raises(SystemExit) as end:
+        main(["bench", "ledger", *arguments])
+    assert end.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + 15 + 8 + 1
+    assert all(line.endswith("missing") for line in lines)
+    assert os.listdir(tmp_path) == ["mini"]
+
+
+def test_rows_of_the_package_are_whole() -> None:
+    for row in ROWS:
+        assert shape(row)[1] > 0
+        assert rows.vocabulary(row) == 4096
+        assert len(row.rates) >= 5 or row.name == rows.OURS
+    assert isinstance(Score(ROWS[0], None, 1, 1, (1.0,), (1.0,), 1.0, 0.0, 1.0).score, float)
