@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args
 from unittest.mock import patch
 
+import typer
 from pydantic import BaseModel
 
 from leanseek.cli import app
@@ -27,7 +28,7 @@ WIDTH = 120
 HELP_WIDTH = 100
 
 BLOCK = re.compile(
-    r"^<!-- (?P<kind>help|tree)(?:: leanseek(?P<verb> [\w-]+)?)? -->\n.*?^<!-- /(?P=kind) -->$",
+    r"^<!-- (?P<kind>help|tree)(?:: leanseek(?P<verb>(?: [\w-]+)+)?)? -->\n.*?^<!-- /(?P=kind) -->$",
     re.DOTALL | re.MULTILINE,
 )
 MARKER = re.compile(r"^<!-- /?(?:help|tree)\b.*-->$", re.MULTILINE)
@@ -73,7 +74,15 @@ def help_text(verb: str) -> str:
 
 def verbs() -> list[str]:
     """Every verb of the command line."""
-    return [str(command.name or getattr(command.callback, "__name__", "")) for command in app.registered_commands]
+    return [
+        *_commands(app),
+        *(f"{sub.name} {verb}" for sub in app.registered_groups for verb in _commands(sub.typer_instance)),
+    ]
+
+
+def _commands(of: typer.Typer | None) -> list[str]:
+    assert of is not None
+    return [str(command.name or getattr(command.callback, "__name__", "")) for command in of.registered_commands]
 
 
 def tree(folder: Path) -> str:

@@ -70,7 +70,9 @@ def test_help_names_every_verb(leanseek) -> None:
 def test_recipes(leanseek) -> None:
     _, listed, _ = leanseek("recipes")
     assert (
-        [line.split()[0] for line in listed.splitlines()] == recipe_names() == ["nano", "small", "v2-lite", "v2", "v3"]
+        [line.split()[0] for line in listed.splitlines()]
+        == recipe_names()
+        == ["nano", "demo", "bench-20m", "small", "v2-lite", "v2", "v3"]
     )
     for name in recipe_names():
         _, printed, _ = leanseek("recipes", name)

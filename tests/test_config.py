@@ -82,7 +82,7 @@ def test_v3_trains_as_published() -> None:
 
 
 def test_recipes_are_listed_smallest_first() -> None:
-    assert recipe_names()[:2] == ["nano", "small"]
+    assert recipe_names()[:2] == ["nano", "demo"]
     assert {"v2-lite", "v2", "v3"} < set(recipe_names())
 
 
@@ -265,8 +265,8 @@ def test_an_override_of_no_place_is_refused(key: str) -> None:
 
 
 def test_an_unknown_recipe_is_refused_with_the_nearest() -> None:
-    assert refused(name="nanno").startswith("no recipe 'nanno' (did you mean 'nano'?); shipped: nano, small, ")
-    assert refused(name="qqqq").startswith("no recipe 'qqqq'; shipped: nano, small, ")
+    assert refused(name="nanno").startswith("no recipe 'nanno' (did you mean 'nano'?); shipped: nano, demo, ")
+    assert refused(name="qqqq").startswith("no recipe 'qqqq'; shipped: nano, demo, ")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,15 @@ from torch import Tensor
 from leanseek.ops import loss as loss_module
 from leanseek.ops.attention import attention, attention_reference, largest_logits
 from leanseek.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
-from leanseek.ops.experts import BLOCK, few_tokens, grouped_linear, grouped_linear_reference, lay_out, permute, unpermute
+from leanseek.ops.experts import (
+    BLOCK,
+    few_tokens,
+    grouped_linear,
+    grouped_linear_reference,
+    lay_out,
+    permute,
+    unpermute,
+)
 from leanseek.ops.loss import IGNORE, linear_cross_entropy, token_losses
 
 

@@ -163,7 +163,9 @@ def test_weights_are_left_alone_and_no_router_counts(llm: LLM) -> None:
 
 
 @pytest.mark.parametrize("shape", ["plain", "groups", "YaRN", "V2 groups"])
-@pytest.mark.parametrize("sampling", [greedy(9), Sampling(seed=3, max_tokens=9), Sampling(seed=1, stop=("e",))], ids=str)
+@pytest.mark.parametrize(
+    "sampling", [greedy(9), Sampling(seed=3, max_tokens=9), Sampling(seed=1, stop=("e",))], ids=str
+)
 def test_many_prompts_side_by_side_say_what_each_says_alone(
     shape: str, sampling: Sampling, vocabulary: Tokenizer
 ) -> None:

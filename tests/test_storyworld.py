@@ -398,16 +398,18 @@ def test_replies_are_judged(reply: str, answer: str, right: bool) -> None:
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_documents_are_stories_a_third_with_questions_and_some_sums() -> None:
+def test_documents_are_stories_gatherings_and_some_sums() -> None:
     texts = list(documents(SEED, 0, 400_000))
     asked = [text for text in texts if "\n\nQuestion: " in text]
     sums = [text for text in texts if text.startswith("Problem: ")]
-    assert 0.25 < len(asked) / len(texts) < 0.42
+    stories = [text for text in texts if len(text.partition("\n\n")[0].split(". ")) > 9 and text not in sums]
+    assert 0.25 < len(stories) / len(texts) < 0.6
+    assert 0.6 < len(asked) / len(texts) < 0.8
     assert 0 < len(sums) < 0.06 * len(texts)
     for text in asked:
         told, _, lines = text.partition("\n\n")
         pairs = lines.split("\n")
-        assert 4 <= len(pairs) <= 8
+        assert 4 <= len(pairs) <= 12
         for question, answer in zip(pairs[::2], pairs[1::2], strict=True):
             assert question.startswith("Question: ")
             assert answer.removeprefix("Answer: ").rstrip(".").lower() in told.lower()

@@ -38,7 +38,7 @@ def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending)
 
 
 def summed(receipts: list[dict[str, Any]]) -> dict[str, Any]:
-    """The bill of several stages of one model: what was spent is added up; the bpb is the first one's, of plain text."""
+    """The bill of several stages of one model: what was spent, added up; the bpb is the first one's, of plain text."""
     spent = ("tokens", "flops", "seconds", "cpu_seconds", "device_hours", "cost_usd", "h800_hours", "h800_usd")
     total = {key: sum(receipt[key] for receipt in receipts) for key in (*spent, "steps", "skipped_steps")}
     return receipts[-1] | total | {"bpb": receipts[0]["bpb"]}

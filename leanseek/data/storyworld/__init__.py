@@ -16,7 +16,19 @@ from leanseek.data.storyworld.questions import Fact, answer_is, as_reply, facts_
 from leanseek.data.storyworld.talk import small_talk
 from leanseek.data.storyworld.words import pick
 
-__all__ = ["CHATS", "PRETRAINING", "QUESTIONS", "Fact", "Story", "answer_is", "chats", "documents", "played", "questions", "story"]
+__all__ = [
+    "CHATS",
+    "PRETRAINING",
+    "QUESTIONS",
+    "Fact",
+    "Story",
+    "answer_is",
+    "chats",
+    "documents",
+    "played",
+    "questions",
+    "story",
+]
 
 # Seeds of what is trained on and of what is asked afterwards: no two share a story.
 PRETRAINING, CHATS, QUESTIONS = range(3)
