@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,19 @@ from leanseek import checkpoint
 from leanseek.bench import controls, ledger, queue, quick, rows, speed
 from leanseek.bench.controls import Control, Ordinary, Windows, build, flops_per_token, learning_rate, train
 from leanseek.bench.ledger_page import draw, rendered
+from leanseek.bench.peer import TheirStep
 from leanseek.bench.queue import Item, Place, is_done, items, work_through
 from leanseek.bench.rows import ORDINARY, ROWS, Row, chosen_rows, config_of, same_settings, settings_of, shape, steps_of
 from leanseek.bench.score import Score, as_json, best_of_each, scores, target_of, tokens_to
 from leanseek.bench.track import Track, data_of_track, find_track, fixed_cpu_seconds, split_of
+from leanseek.bench.train import REST, Batches, OurStep, kind_of
+from leanseek.bench.turns import fastest, in_turn
 from leanseek.cli import main
-from leanseek.config import BadInput
+from leanseek.config import BadInput, read_recipe
 from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
+from leanseek.plan.count import parameters
 from tests.tiny import RECIPE, story
 
 SMALL: dict[str, Any] = {"vocab_size": 320, "layers": 2, "width": 32, "heads": 2, "context": 32}
@@ -653,3 +658,64 @@ def test_rows_of_the_package_are_whole() -> None:
         assert rows.vocabulary(row) == 4096
         assert len(row.rates) >= 5 or row.name == rows.OURS
     assert isinstance(Score(ROWS[0], None, 1, 1, (1.0,), (1.0,), 1.0, 0.0, 1.0).score, float)
+
+
+# ── beside transformers ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_ratios_are_taken_round_by_round() -> None:
+    ours, peer = iter([30.0, 10.0, 40.0]), iter([10.0, 10.0, 20.0])
+    row = in_turn("x", "tokens/s", lambda: next(ours), lambda: next(peer), 3)
+    assert (row.ours, row.peer, row.n) == (30, 10, 3)
+    assert (row.ratio_median, row.ratio_min, row.ratio_max) == (2, 1, 3)
+
+
+def test_the_fastest_that_runs_is_taken() -> None:
+    def broken() -> Callable[[], float]:
+        raise ValueError("no such kernel here")
+
+    said: list[str] = []
+    rates: dict[str, Callable[[], Callable[[], float]]] = {
+        "slow": lambda: lambda: 1.0,
+        "broken": broken,
+        "fast": lambda: lambda: 5.0,
+    }
+    name, rate = fastest(rates, said.append)
+    assert (name, rate()) == ("fast", 5)
+    assert "no such kernel here" in said[1]
+    with pytest.raises(RuntimeError, match="no candidate"):
+        fastest({"broken": broken}, said.append)
+
+
+def test_both_sides_time_the_same_model() -> None:
+    config = read_recipe("bench-20m")
+    ours = OurStep(config, torch.float32)
+    theirs = TheirStep(config.model, "eager", "fp32")
+    biases = sum(router.load.numel() for router in ours.model.routers().values())
+    counted = sum(p.numel() for p in ours.model.parameters())
+    assert counted == sum(p.numel() for p in theirs.model.parameters()) == 20_009_152
+    assert parameters(config.model).total == counted + biases  # which are state, not parameters
+    ids = torch.randint(5, 4000, (2, 16))
+    for step in (ours, theirs):
+        before = {name: p.detach().clone() for name, p in step.model.named_parameters()}
+        step(ids)
+        assert all(
+            not torch.equal(p, before[name]) for name, p in step.model.named_parameters() if "experts" not in name
+        )
+
+
+def test_zipf_batches_go_on_and_come_again() -> None:
+    batches = Batches(read_recipe("bench-20m"))
+    first = [batches.take() for _ in range(32)]
+    assert first[0].shape == (16, 256)
+    assert not torch.equal(first[0], first[1])
+    assert torch.equal(batches.take(), first[0])
+
+
+def test_kinds_of_work_hold_every_operation() -> None:
+    assert [kind_of(name) for name in ("aten::mm", "aten::copy_", "aten::topk", "_RMSNormBackward")] == [
+        "matmul",
+        "copy and cast",
+        "routing",
+        REST,
+    ]

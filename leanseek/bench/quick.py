@@ -81,6 +81,3 @@ def _faster(row: Row) -> str:
 
 def _whole(tokens: float, batch: int) -> int:
     return max(round(tokens / batch), 1) * batch
-
-
-# ── small things ──────────────────────────────────────────────────────────────────────────────────────────────────

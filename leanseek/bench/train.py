@@ -123,6 +123,10 @@ class Batches:
         return measure
 
 
+def kind_of(operation: str) -> str:
+    return next((kind for kind, words in KINDS.items() if operation.startswith(words)), REST)
+
+
 def _explain(row: Row, name: str, config: Config, batches: Batches, console: Console) -> None:
     """The share of the matmul peak, and a profile of one step by kind of work."""
     per_token = flops_per_token(config.model, batches.length)
@@ -138,7 +142,7 @@ def _explain(row: Row, name: str, config: Config, batches: Batches, console: Con
         step(batches.take())
     spent: dict[str, float] = {}
     for event in profiled.key_averages():
-        kind = next((kind for kind, words in KINDS.items() if event.key.startswith(words)), REST)
+        kind = kind_of(event.key)
         spent[kind] = spent.get(kind, 0.0) + event.self_cpu_time_total
     total = sum(spent.values())
     console.print(
