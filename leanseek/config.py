@@ -125,12 +125,6 @@ class ModelConfig(Section):
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
-    @property
-    def induction_widths(self) -> tuple[int, int]:
-        """How many values of the latent say which token came before, and how many which token is here."""
-        before = min(self.kv_lora_rank // 2, self.qk_nope_head_dim, self.v_head_dim)
-        return before, min(self.kv_lora_rank - before, self.v_head_dim)
-
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's FFN is a mixture; MTP blocks, counted on from num_hidden_layers, always are."""
         return layer >= self.first_k_dense_replace
@@ -148,7 +142,6 @@ class TrainConfig(Section):
     compile: bool = False
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
     init_std: float = Field(0.006, gt=0)  # report §4.2
-    induction: bool = False  # begin with heads that look up what followed the same token before, not all at random
     balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17
     bias_centred: bool = False  # take the mean out of each bias update, so that the biases cannot drift together
     max_steps: int | None = Field(None, gt=0)
@@ -239,14 +232,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if self.train.induction:
-            before, found = self.model.induction_widths
-            if self.model.num_hidden_layers < 2:
-                raise ValueError("train.induction needs two layers: model.num_hidden_layers is 1")
-            if self.model.hidden_size < 2 * (1 + before + found):
-                raise ValueError(f"train.induction needs model.hidden_size of at least {2 * (1 + before + found)}")
-            if self.model.q_lora_rank is not None and self.model.q_lora_rank < before:
-                raise ValueError(f"train.induction needs model.q_lora_rank of at least {before}")
         if abs(sum(stage.share for stage in self.stages) - 1) > 1e-6:
             raise ValueError("stages: the shares must sum to 1")
         longest = max(stage.sequence_length for stage in self.stages)

@@ -10,7 +10,6 @@ from torch.optim import Optimizer
 
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config, TrainConfig
-from leanseek.model.induction import begin_with_induction
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import training_bytes
 from leanseek.train.cpu import ready_cpu
@@ -48,10 +47,7 @@ def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
     if config.train.device == "cpu":
         ready_cpu()
     model = Transformer(config.model, DTYPES[config.train.dtype])
-    generator = torch.Generator().manual_seed(config.train.seed)
-    model.initialise(config.train.init_std, generator)
-    if config.train.induction:
-        begin_with_induction(model, config.train.init_std, generator)
+    model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
     model.to(config.train.device)
     optimizers = build_optimizers(model, config.optimizer)
     if config.optimizer.qk_clip is not None:
