@@ -189,7 +189,7 @@ app.add_typer(bench_app, name="bench")
 
 
 Rounds = Annotated[int, typer.Option(help="How often each is measured, in turn.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Three rounds, without PyTorch's compiler.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Five rounds, without PyTorch's compiler.")]
 
 
 @bench_app.command("train")
@@ -198,7 +198,7 @@ def bench_train(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False)
     from leanseek.bench.train import bench_train as run_bench
     from leanseek.bench.turns import report
 
-    report(lambda console: run_bench(3 if quick else rounds, not quick, console), as_json)
+    report(lambda console: run_bench(5 if quick else rounds, not quick, console), as_json)
 
 
 @bench_app.command("decode")
@@ -207,7 +207,7 @@ def bench_decode(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False
     from leanseek.bench.decode import bench_decode as run_bench
     from leanseek.bench.turns import report
 
-    report(lambda console: run_bench(3 if quick else rounds, console), as_json)
+    report(lambda console: run_bench(5 if quick else rounds, console), as_json)
 
 
 @bench_app.command()
