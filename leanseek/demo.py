@@ -51,7 +51,7 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     """Runs the chain and shows it; the same call again takes up where it stopped. Raises BadInput."""
     if not 0 < minutes < math.inf:
         raise BadInput(f"--minutes must be a positive number, got {minutes}")
-    run = run.absolute()
+    run = run if run.name else run.absolute()
     data, base = run.with_name(f"{run.name}-data"), run.with_name(f"{run.name}-base")
     screen = Screen(minutes, stories=text is None)
 
