@@ -31,6 +31,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.ops.attention import attention
 from leanseek.ops.loss import linear_cross_entropy
 from leanseek.train.optim import Muon
+from leanseek.train.pretrain import validation_documents
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKPOINT_EVERY = 100  # steps
@@ -309,7 +310,7 @@ def train(
     """
     bos_id = Tokenizer.load(data.tokenizer_folder).bos_id
     windows = Windows(data, control.context, bos_id)
-    documents = first_documents(data, scored_tokens)
+    documents = validation_documents(data, scored_tokens)
     model, optimizers = build(control, dtype, seed)
     at: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": math.nan, "curve": []}
     with checkpoint.lock(run):
@@ -333,14 +334,3 @@ def train(
             if at["step"] % CHECKPOINT_EVERY == 0 and at["step"] < steps:
                 checkpoint.save(run, at["step"], model, optimizers, at, keep=1)
     return at | {"tokens": at["step"] * control.batch_tokens, "step_cpu_seconds": per_step}
-
-
-def first_documents(data: Data, tokens: float) -> list[tuple[NDArray[np.integer], int]]:
-    """The first validation documents, up to so many tokens: what `pretrain` scores with as many `eval_tokens`."""
-    documents, counted = [], 0
-    for ids, raw_bytes in data.documents("validation"):
-        if counted >= tokens:
-            break
-        documents.append((ids, raw_bytes))
-        counted += len(ids)
-    return documents

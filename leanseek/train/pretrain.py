@@ -37,7 +37,7 @@ def assemble(config: Config, data: Data, tokenizer: Tokenizer) -> tuple[Transfor
 
 def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
     model, optimizers, loader = assemble(config, data, tokenizer)
-    documents = _validation_documents(data, config.train.eval_tokens)
+    documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
         return bits_per_byte(model, documents, config.stages[stage].sequence_length, tokenizer.bos_id).bpb
@@ -59,8 +59,8 @@ def _for_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:
     return config.model_copy(update={"model": config.model.model_copy(update=ends)})
 
 
-def _validation_documents(data: Data, tokens: int) -> list[tuple[NDArray[np.integer], int]]:
-    """The first documents of the validation split, up to so many tokens: always the same ones."""
+def validation_documents(data: Data, tokens: float) -> list[tuple[NDArray[np.integer], int]]:
+    """The first documents of the validation split, up to so many tokens: always the same ones. Raises BadInput."""
     documents, counted = [], 0
     for ids, raw_bytes in data.documents("validation"):
         if counted >= tokens:
