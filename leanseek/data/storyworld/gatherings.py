@@ -1,7 +1,7 @@
 """A gathering: many people, what each has, does, feels or brings in short sentences, and questions about all of it.
 
-Nothing happens here. Every second word can only be known by looking it up a few sentences before, which is what a model
-needs most practice in: a story asks for it much less often.
+Nothing happens here. Most answers can only be known by looking them up a few sentences before, which is what a model
+needs much practice in: a story asks for it less often.
 """
 
 import random
