@@ -956,3 +956,20 @@ def test_processor_time_is_told_by_phase(corpus: list[str], tmp_path: Path) -> N
     assert report.cpu_seconds.keys() == report.seconds.keys() == {"read", "deduplicate", "tokenizer", "tokenise"}
     assert report.cpu_seconds["read"] > 0.1  # two workers start and import in it
     assert open_data(tmp_path / "D").report["cpu_seconds"] == report.cpu_seconds
+
+
+# ── stories as an input ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_stories_are_made_up_to_the_bytes_asked_for_by_any_number_of_workers(tmp_path: Path) -> None:
+    reports = [prepare(["storyworld:1.2MB"], tmp_path / str(n), workers=n) for n in (1, 2)]
+    assert open_data(tmp_path / "1").fingerprint == open_data(tmp_path / "2").fingerprint
+    assert 1_200_000 <= reports[0].bytes_in < 1_220_000
+    assert open_data(tmp_path / "1").sources == ("storyworld",)
+
+
+@pytest.mark.parametrize("size", ["", "lots", "-5", "0", "nan", "inf", "5XB"])
+def test_a_size_of_stories_that_is_none(size: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="storyworld:20MB"):
+        prepare([f"storyworld:{size}"], tmp_path / "data")
+    assert not (tmp_path / "data").exists()
