@@ -13,7 +13,6 @@ from leanseek.ops.attention import attention, attention_reference, largest_logit
 from leanseek.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
 from leanseek.ops.experts import (
     BLOCK,
-    few_tokens,
     grouped_linear,
     grouped_linear_reference,
     lay_out,
@@ -169,20 +168,6 @@ def test_permute_and_unpermute_pass_gradcheck(padded: bool, generator: torch.Gen
     weights = torch.rand(5, 2, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: permute(x, layout)[layout.place], (x,))
     assert torch.autograd.gradcheck(lambda rows, weights: unpermute(rows, layout, weights), (rows, weights))
-
-
-@pytest.mark.parametrize("tokens", [1, 2, 9], ids=["one by one", "one by one, several tokens", "all experts at once"])
-def test_few_tokens_equal_the_sorted_way(tokens: int, generator: torch.Generator) -> None:
-    x = torch.randn(tokens, 6, dtype=torch.float64, generator=generator)
-    experts = torch.stack([torch.randperm(16, generator=generator)[:3] for _ in range(tokens)])
-    weights = torch.rand(tokens, 3, dtype=torch.float64, generator=generator)
-    gate_up = torch.randn(16, 8, 6, dtype=torch.float64, generator=generator)
-    down = torch.randn(16, 6, 4, dtype=torch.float64, generator=generator)
-    layout = lay_out(experts, 16)
-    hidden = swiglu_reference(grouped_linear_reference(permute(x, layout), gate_up, layout.counts))
-    expected = unpermute(grouped_linear_reference(hidden, down, layout.counts), layout, weights)
-    with torch.no_grad():
-        assert distance(few_tokens(x, experts, weights, gate_up, down), expected) < 1e-13
 
 
 # ── elementwise ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -15,12 +15,14 @@ from torch import Tensor
 import leanseek
 from leanseek.config import BadInput, read_recipe
 from leanseek.data.tokenizer import Tokenizer
-from leanseek.model.mla import MLA
+from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
+from leanseek.serve import runner as runner_module
 from leanseek.serve.cache import Cache, LayerCache
 from leanseek.serve.engine import LLM, Completion, Pieces, StopStrings
+from leanseek.serve.runner import Runner, _MoE, _Wide
 from leanseek.serve.sampling import Sampling, min_p, probabilities, sample, top_k, top_p, with_temperature
-from tests.oracle import tiny
+from tests.oracle import fill, tiny
 from tests.runs import CONTEXT, SPARE_ROWS, TEXT, make_run, model_of, tokenizer
 
 GREEDY = Sampling(temperature=0)
@@ -140,20 +142,119 @@ def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypa
     assert llm.generate("the fox said", greedy(32)).token_ids != recomputed(llm, ids, 32)
 
 
-def test_prompt_runs_once_in_direct_form_and_decoding_absorbed(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[str, int]] = []
-    for form in ("direct", "absorbed"):
-        original = getattr(MLA, form)
+# ── the runner: its slow twin is the model over the same cache ────────────────────────────────────────────────────
 
-        def spy(self: MLA, q: Tensor, *rest: Tensor, form: str = form, original: object = original) -> Tensor:
-            calls.append((form, q.shape[1]))
-            return original(self, q, *rest)  # type: ignore[operator]
 
-        monkeypatch.setattr(MLA, form, spy)
+def both_ways(model: Transformer, rows: int, steps: int = 6) -> tuple[Tensor, Tensor]:
+    """Logits [steps, B, V] of `steps` random tokens after a prompt of 5: the runner's and the model's."""
+    runner, config = Runner(model.eval()), model.config
+    ids = torch.randint(config.vocab_size, (rows, 5 + steps), generator=torch.Generator().manual_seed(1))
+    caches = Cache(config, rows, 5 + steps, runner.dtype), Cache(config, rows, 5 + steps, model.dtype)
+    ours, theirs = [], []
+    with torch.inference_mode():
+        for cache in caches:
+            model(ids[:, :5], torch.arange(5).expand(rows, -1), cache=cache.layers)
+        for at in range(5, 5 + steps):
+            ours.append(runner.step(ids[:, at], caches[0]))
+            hidden = model(ids[:, at, None], torch.full((rows, 1), at), cache=caches[1].layers)
+            theirs.append(model.lm_head(hidden[:, 0]))
+    return torch.stack(ours).double(), torch.stack(theirs).double()
+
+
+def apart(pair: tuple[Tensor, Tensor]) -> float:
+    return ((pair[0] - pair[1]).abs().max() / pair[1].std()).item()
+
+
+ROUTES = {"one by one": (1, 40, 4), "all of them": (3, 8, 3), "sorted": (33, 8, 3)}  # rows, experts, chosen
+
+
+@pytest.mark.parametrize("small", [0, runner_module.SMALL], ids=["as it is", "products ahead"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_runner_is_the_model(shape: str, route: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "SMALL", small)
+    rows, experts, chosen = ROUTES[route]
+    size = {"n_routed_experts": experts, "num_experts_per_tok": chosen, "max_position_embeddings": 48}
+    model = Transformer(tiny(**(SHAPES[shape] | size)), torch.float64).double()
+    fill(model)
+    assert apart(both_ways(model, rows)) < 1e-6  # angles are FP32 on both sides, everything else FP64
+
+
+def test_ways_through_the_experts_are_the_ones_meant(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways: list[str] = []
+    for owner, name in ((_MoE, "one_by_one"), (_Wide, "__call__"), (Experts, "forward")):
+        original = getattr(owner, name)
+
+        def spy(self: object, *rest: Tensor, name: str = name, original: object = original) -> Tensor:
+            ways.append(name)
+            return original(self, *rest)  # type: ignore[operator]
+
+        monkeypatch.setattr(owner, name, spy)
+    for rows, experts, chosen in ROUTES.values():
+        model = Transformer(tiny(n_routed_experts=experts, num_experts_per_tok=chosen, num_hidden_layers=1))
+        fill(model)
+        both_ways(model, rows, steps=1)
+    theirs = ["forward", "forward"]  # two prompts before the runner's step, the twin's step after it
+    assert ways == [*theirs, "one_by_one", "forward", *theirs, "__call__", "forward", *theirs, "forward", "forward"]
+
+
+FAULTS = {
+    "positions one off": lambda: (
+        Runner,
+        "step",
+        lambda whole: lambda self, tokens, cache: _late(self, tokens, cache, whole),
+    ),
+    "pairs not turned": lambda: (runner_module, "turn", lambda whole: lambda x, turns: None),
+    "the token's own place not seen": lambda: (Cache, "advance", lambda whole: lambda self: _short(whole(self))),
+}
+
+
+def _late(runner: Runner, tokens: Tensor, cache: Cache, whole: object) -> Tensor:
+    turns, runner.turns = runner.turns, runner.turns.roll(1, 0)
+    try:
+        return whole(runner, tokens, cache)  # type: ignore[operator]
+    finally:
+        runner.turns = turns
+
+
+def _short(advanced: tuple[int, int]) -> tuple[int, int]:
+    return advanced[0] - 1, advanced[1] - 1
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_the_runner_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(tiny(max_position_embeddings=48))
+    fill(model)
+    assert apart(both_ways(model, 2)) < 1e-4
+    owner, name, changed = FAULTS[fault]()
+    monkeypatch.setattr(owner, name, changed(getattr(owner, name)))
+    assert apart(both_ways(model, 2)) > 1e-2
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_packed_matrices_multiply_in_bf16(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner_module, "SMALL", 0)
+    model = Transformer(tiny(max_position_embeddings=48), torch.bfloat16)
+    fill(model)
+    ours, _ = both_ways(model, rows)
+    model.dtype = torch.float32
+    _, exact = both_ways(model, rows)
+    error = ((ours - exact).pow(2).mean() / exact.pow(2).mean()).sqrt()
+    assert 1e-4 < error < 0.04  # each product rounds to 8 bits: 2⁻⁹ relative, through two layers and the head
+
+
+def test_decoding_does_not_run_the_model(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    whole = Transformer.forward
+
+    def spy(self: Transformer, ids: Tensor, *rest: Tensor, **more: object) -> Tensor:
+        seen.append(ids.shape[1])
+        return whole(self, ids, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Transformer, "forward", spy)
     found = llm.generate(LONG, greedy(4))
-    layers = llm.config.num_hidden_layers
     assert len(found.token_ids) == 4
-    assert calls == [("direct", found.prompt_tokens)] * layers + [("absorbed", 1)] * 3 * layers
+    assert seen == [found.prompt_tokens]
 
 
 def test_weights_are_left_alone_and_no_router_counts(llm: LLM) -> None:

@@ -16,6 +16,7 @@ from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import cache_bytes_per_token, parameters
 from leanseek.serve.cache import Cache
+from leanseek.serve.runner import Runner
 from leanseek.train.cpu import ready_cpu
 
 PROMPT, NEW = 64, 64  # tokens
@@ -68,28 +69,24 @@ def _ours(dtype: torch.dtype, prompt: Tensor, threads: int) -> Callable[[], Rate
         for module in model.eval().modules():
             if isinstance(module, (Linear, Experts, nn.Embedding)):
                 module.to(dtype)
+        runner = Runner(model)
 
         @torch.inference_mode()
         def measure() -> float:
             with _Threads(threads):
-                cache = Cache(config.model, len(prompt), PROMPT + NEW, dtype)
-                positions = torch.arange(PROMPT).expand_as(prompt)
-                tokens = _likeliest(model, model(prompt, positions, cache=cache.layers)[:, -1:])
+                cache = Cache(config.model, len(prompt), PROMPT + NEW, runner.dtype)
+                hidden = model(prompt, torch.arange(PROMPT).expand_as(prompt), cache=cache.layers)[:, -1]
+                assert model.lm_head is not None
+                tokens = model.lm_head(hidden).argmax(dim=-1)
                 begun = time.perf_counter()
-                for at in range(PROMPT, PROMPT + NEW):
-                    where = torch.full((len(prompt), 1), at)
-                    tokens = _likeliest(model, model(tokens, where, cache=cache.layers))
+                for _ in range(NEW):
+                    tokens = runner.step(tokens, cache).argmax(dim=-1)
                 return NEW * len(prompt) / (time.perf_counter() - begun)
 
         measure()
         return measure
 
     return build
-
-
-def _likeliest(model: Transformer, hidden: Tensor) -> Tensor:
-    assert model.lm_head is not None
-    return model.lm_head(hidden).argmax(dim=-1)
 
 
 def _theirs(dtype: torch.dtype, experts: str, prompt: Tensor, threads: int) -> Callable[[], Rate]:

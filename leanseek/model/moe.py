@@ -16,10 +16,8 @@ from torch import Tensor, nn
 from leanseek.config import ModelConfig
 from leanseek.model.layers import SwiGLU
 from leanseek.ops.elementwise import swiglu
-from leanseek.ops.experts import Layout, few_tokens, grouped_linear, lay_out, permute, unpermute, wants_padding
+from leanseek.ops.experts import Layout, grouped_linear, lay_out, permute, unpermute, wants_padding
 from leanseek.ops.routing import choose, route
-
-FEW_TOKENS = 32  # a decoding step: sorting them would take longer than their arithmetic
 
 
 class MoE(nn.Module):
@@ -66,25 +64,32 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x [B, T, D] → experts [N, K] int64 and their weights [N, K], at least FP32."""
-        c = self.config
         precise = torch.promote_types(x.dtype, torch.float32)
         with torch.autocast(x.device.type, enabled=False):
-            logits = F.linear(x.to(precise), self.weight.to(precise))  # [B, T, E]
-        scores = logits.sigmoid() if c.scoring_func == "sigmoid" else logits.softmax(dim=-1)
-        choice = scores.detach().flatten(0, 1)
+            scores = self.scores(F.linear(x.to(precise), self.weight.to(precise)))  # [B, T, E]
+        experts, weights = self.select(scores.flatten(0, 1))
+        if self.training:
+            loss = sequence_balance_loss(scores, self.config.num_experts_per_tok).sum() * self.balance_weight
+            weights = _JoinLoss.apply(weights, loss, self.balance_loss)
+        return experts, weights
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """How well each expert suits a token: V3's sigmoid, V2's softmax [..., E]."""
+        return logits.sigmoid() if self.config.scoring_func == "sigmoid" else logits.softmax(dim=-1)
+
+    def select(self, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """scores [N, E] → experts [N, K] and their weights [N, K]. The tokens are counted in training."""
+        c = self.config
+        choice = scores.detach()
         if self.e_score_correction_bias is not None:
             choice = choice + self.e_score_correction_bias  # steers the choice …
         n_group = 1 if c.topk_method == "greedy" else c.n_group
         how = c.num_experts_per_tok, n_group, c.topk_group, 2 if c.topk_method == "noaux_tc" else 1
         experts = route(choice, self.load, *how) if self.training else choose(choice, *how)
-        weights = scores.flatten(0, 1).gather(1, experts)  # … but never the weight
+        weights = scores.gather(1, experts)  # … but never the weight
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
-        weights = weights * c.routed_scaling_factor
-        if self.training:
-            loss = sequence_balance_loss(scores, c.num_experts_per_tok).sum() * self.balance_weight
-            weights = _JoinLoss.apply(weights, loss, self.balance_loss)
-        return experts, weights
+        return experts, weights * c.routed_scaling_factor
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Moves and casts like any module, but never rounds the buffers: steps of 0.001 vanish in BF16."""
@@ -109,8 +114,6 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], experts and weights [N, K] → [N, D]."""
-        if self.dispatcher.has_all and not torch.is_grad_enabled() and x.shape[0] <= FEW_TOKENS:
-            return few_tokens(x, experts, weights, self.gate_up_proj.to(x.dtype), self.down_proj.to(x.dtype))
         rows, counts, way_back = self.dispatcher.dispatch(x, experts)
         hidden = swiglu(grouped_linear(rows, self.gate_up_proj.to(x.dtype), counts))
         rows = grouped_linear(hidden, self.down_proj.to(x.dtype), counts)
@@ -119,8 +122,6 @@ class Experts(nn.Module):
 
 class LocalDispatcher:
     """Brings tokens to their experts and back where every expert is at hand; expert parallelism puts another here."""
-
-    has_all = True
 
     def __init__(self, n_experts: int) -> None:
         self.n_experts = n_experts

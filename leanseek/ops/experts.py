@@ -10,8 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.ops.elementwise import swiglu
-
 # BF16 on a CPU: oneDNN makes code for every new shape, so shapes must recur, and it multiplies equal blocks in one call
 # twice as fast as groups of any size. Rows of padding cost less than either.
 BLOCK = 64
@@ -63,23 +61,6 @@ def permute(x: Tensor, layout: Layout) -> Tensor:
 def unpermute(rows: Tensor, layout: Layout, weights: Tensor) -> Tensor:
     """Sorted rows [P, D] → weighted sums over each token's experts [N, D]; weights [N, K] in the order of choice."""
     return _Unpermute.apply(rows, weights.to(rows.dtype), layout)
-
-
-def few_tokens(x: Tensor, experts: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """The routed experts' sum for the few tokens of a decoding step, which nobody sorts: x [N, D] → [N, D].
-
-    experts and weights [N, K], gate_up [E, 2F, D], down [E, D, F]. Not for training. Where the tokens meet most experts
-    anyway, all weights are read whatever one does, so every expert does every token and a weight of 0 takes it back.
-    """
-    n_experts = gate_up.shape[0]
-    if 2 * experts.numel() >= n_experts:
-        share = weights.new_zeros(x.shape[0], n_experts).scatter_(1, experts, weights).to(x.dtype)
-        hidden = swiglu(torch.matmul(x, gate_up.mT))  # [E, N, F]
-        return torch.bmm(hidden * share.T[:, :, None], down.mT).sum(dim=0)
-    chosen = experts.tolist()
-    hidden = torch.stack([gate_up[e] @ x[n] for n, of_token in enumerate(chosen) for e in of_token])
-    hidden = (swiglu(hidden) * weights.to(x.dtype).view(-1, 1)).unflatten(0, weights.shape)  # [N, K, F]
-    return torch.stack([sum(down[e] @ hidden[n, j] for j, e in enumerate(row)) for n, row in enumerate(chosen)])
 
 
 @torch.compiler.disable  # PyTorch's tracer takes the grouped matmul in BF16 alone, and the loop's sizes are data

@@ -17,27 +17,18 @@ class LayerCache:
         self.values = values  # [B, S, C + R]
         self.latent = latent
         self.length = 0
-        self.places: Tensor | None = None  # [B] where each row's next token goes, once rows differ in length
 
     def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', as views, not as copies.
+        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', as views where it holds that precision.
 
         Raises ValueError when the tokens do not fit.
         """
-        end = self.length + latent.shape[1]
-        if end > self.values.shape[1]:
-            raise ValueError(
-                f"the cache is full: {end} tokens do not fit into the {self.values.shape[1]} it was made for"
-            )
-        if self.places is None:
-            self.values[:, self.length : end, : self.latent] = latent
-            self.values[:, self.length : end, self.latent :] = rope_key
-        else:
-            rows = torch.arange(len(self.places), device=self.places.device)
-            self.values[rows, self.places] = torch.cat((latent, rope_key), dim=-1)[:, 0]
-            self.places = self.places + 1
-        self.length = end
-        return self.values[:, :end, : self.latent], self.values[:, :end, self.latent :]
+        start, self.length = self.length, self.length + latent.shape[1]
+        _check(self.length, self.values)
+        self.values[:, start : self.length, : self.latent] = latent
+        self.values[:, start : self.length, self.latent :] = rope_key
+        seen = self.values[:, : self.length].to(latent.dtype)
+        return seen[..., : self.latent], seen[..., self.latent :]
 
 
 class Cache:
@@ -50,6 +41,7 @@ class Cache:
         # Zeros: where rows differ in length, a place that nobody wrote is read with weight 0, and 0 · NaN is not 0.
         self.values = torch.zeros(config.num_hidden_layers, rows, tokens, width, dtype=dtype, device=device)
         self.layers = [LayerCache(values, config.kv_lora_rank) for values in self.values]
+        self.lengths: Tensor | None = None  # [B] tokens of each row, once they differ
 
     @property
     def length(self) -> int:
@@ -58,5 +50,27 @@ class Cache:
 
     def ragged(self, lengths: Tensor) -> None:
         """Only the first lengths[b] tokens of row b count, the rest was padding: the next one takes their place [B]."""
+        self.lengths = lengths.clone()
+
+    def advance(self) -> tuple[int | Tensor, int]:
+        """Makes room for one more token in every row; where it goes, [B] if rows differ, and the longest row's length.
+
+        Raises ValueError when rows of one length are full. Of rows that differ, one that is full stays at its last
+        place: it is done, and goes on unread beside those that are not.
+        """
+        end, capacity = self.length + 1, self.values.shape[2]
+        if self.lengths is None:
+            _check(end, self.values[0])
+            at: int | Tensor = end - 1
+        else:
+            end = min(end, capacity)
+            self.lengths = (self.lengths + 1).clamp(max=capacity)
+            at = self.lengths - 1
         for layer in self.layers:
-            layer.places = lengths.clone()
+            layer.length = end
+        return at, end
+
+
+def _check(end: int, values: Tensor) -> None:
+    if end > values.shape[1]:
+        raise ValueError(f"the cache is full: {end} tokens do not fit into the {values.shape[1]} it was made for")

@@ -1,6 +1,6 @@
 """A model that talks: prompt in, text out, over the latent cache (report §2.1.1).
 
-The prompt goes through the model in one pass; every further token is one pass of one token in the absorbed form.
+The prompt goes through the model in one pass; every further token is one step of the runner.
 """
 
 import sys
@@ -20,6 +20,7 @@ from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
 from leanseek.serve.cache import Cache
+from leanseek.serve.runner import Runner
 from leanseek.serve.sampling import Sampling, sample
 
 AS_IT_IS = Sampling()
@@ -57,6 +58,7 @@ class LLM:
         ends, known = (tokenizer.bos_id, tokenizer.eos_id), (self.config.bos_token_id, self.config.eos_token_id)
         if ends != known:
             raise BadInput(f"the tokenizer's BOS and EOS are {ends}, the model's {known}: they do not belong together")
+        self.runner = Runner(self.model)
         # Never drawn: rows of the embedding that no token has, and tokens that cannot follow anything.
         self.closed = torch.arange(self.config.vocab_size) >= tokenizer.vocab_size
         self.closed[[number for number in (tokenizer.bos_id, tokenizer.pad_id) if number != tokenizer.eos_id]] = True
@@ -125,7 +127,8 @@ class LLM:
         context = self.config.max_position_embeddings
         most = [min(sampling.max_tokens, context - len(prompt) + 1) for prompt in prompts]
         longest = int(lengths.max())
-        cache = Cache(self.config, len(prompts), longest + max(most) - 1, self.model.dtype, device)
+        capacity = max(len(prompt) + new - 1 for prompt, new in zip(prompts, most, strict=True))
+        cache = Cache(self.config, len(prompts), capacity, self.runner.dtype, device)
         generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
         drawn: list[list[int]] = [[] for _ in prompts]
         reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
@@ -135,11 +138,12 @@ class LLM:
         hidden = self.model(padded, torch.arange(longest, device=device).expand_as(padded), cache=cache.layers)
         hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [B, D]
         cache.ragged(lengths)
+        assert self.model.lm_head is not None
+        logits = self.model.lm_head(hidden)
         writers = [Writer(self.tokenizer, sampling.stop) for _ in prompts]
         said = [""] * len(prompts)
-        positions = lengths[:, None]
         while True:
-            tokens = self._draw(hidden, sampling, generators)
+            tokens = self._draw(logits, sampling, generators)
             for row, token in enumerate(tokens):
                 if reasons[row] is not None:
                     continue
@@ -156,8 +160,7 @@ class LLM:
             if all(reasons):
                 break
             # A row that is done goes on behind its own end, unread.
-            hidden = self.model(torch.tensor(tokens, device=device)[:, None], positions, cache=cache.layers)[:, 0]
-            positions = positions + 1
+            logits = self.runner.step(torch.tensor(tokens, device=device), cache)
         rate = draws / (time.perf_counter() - began)
         completions = []
         for text, writer, ids, prompt, reason in zip(said, writers, drawn, prompts, reasons, strict=True):
@@ -166,10 +169,9 @@ class LLM:
             completions.append(Completion(text, ids, len(prompt), "stop" if writer.stopped else reason, rate))
         return completions
 
-    def _draw(self, hidden: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-        """hidden [B, D] → a token for each row, each from its own source of chance."""
-        assert self.model.lm_head is not None
-        logits = self.model.lm_head(hidden).float().cpu().masked_fill_(self.closed, float("-inf"))
+    def _draw(self, logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
+        """logits [B, V] → a token for each row, each from its own source of chance."""
+        logits = logits.float().cpu().masked_fill_(self.closed, float("-inf"))
         if sampling.temperature == 0:
             return logits.argmax(dim=-1).tolist()
         return [int(sample(row, sampling, generator)) for row, generator in zip(logits, generators, strict=True)]
@@ -178,7 +180,7 @@ class LLM:
         # The last token of all is drawn but never read, so it needs no position.
         most = min(sampling.max_tokens, self.config.max_position_embeddings - len(prompt) + 1)
         device = next(self.model.parameters()).device
-        cache = Cache(self.config, 1, len(prompt) + most - 1, self.model.dtype, device)
+        cache = Cache(self.config, 1, len(prompt) + most - 1, self.runner.dtype, device)
         generator = torch.Generator().manual_seed(sampling.seed)
         writer = Writer(self.tokenizer, sampling.stop)
         drawn: list[int] = []
@@ -214,11 +216,15 @@ class LLM:
 
         They come to the CPU, so that a seed means the same draws on every device.
         """
-        tokens = torch.tensor([ids], device=cache.values.device)
-        positions = torch.arange(cache.length, cache.length + len(ids), device=cache.values.device)[None]
-        hidden = self.model(tokens, positions, cache=cache.layers)  # [1, T, D]
-        assert self.model.lm_head is not None
-        return self.model.lm_head(hidden[0, -1]).float().cpu().masked_fill_(self.closed, float("-inf"))
+        device = cache.values.device
+        if cache.length and len(ids) == 1:
+            logits = self.runner.step(torch.tensor(ids, device=device), cache)[0]
+        else:
+            positions = torch.arange(cache.length, cache.length + len(ids), device=device)[None]
+            hidden = self.model(torch.tensor([ids], device=device), positions, cache=cache.layers)  # [1, T, D]
+            assert self.model.lm_head is not None
+            logits = self.model.lm_head(hidden[0, -1])
+        return logits.float().cpu().masked_fill_(self.closed, float("-inf"))
 
 
 class Writer:

@@ -1,0 +1,283 @@
+"""One decoding step of all rows: the model's arithmetic, repacked so that little but arithmetic is left.
+
+A token's step is a few dozen products of a small vector with a matrix, and on a CPU most of its time goes into calling
+operations, not into them. So matrices that read the same vector are joined, products of small matrices are worked out
+before, each matrix rests in the layout in which it is multiplied fastest, and between them everything is FP32, without
+casts. `model.transformer.Transformer` over the same cache is the slow twin that it must agree with.
+
+B rows · S tokens in the cache · D hidden_size · H heads · N, R, V widths of a head · C kv_lora_rank · E experts.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from leanseek.model.block import Block
+from leanseek.model.layers import RMSNorm, SwiGLU
+from leanseek.model.mla import MLA
+from leanseek.model.moe import MoE
+from leanseek.model.rope import rotary
+from leanseek.model.transformer import Transformer
+from leanseek.serve.cache import Cache
+
+SMALL = (
+    1 << 19
+)  # elements of a matrix up to which calls cost more than bytes: products are taken ahead, BF16 is widened
+WIDE_ROWS = 32  # rows up to which every expert does every token rather than having the tokens sorted
+WIDE_LAYER = 1 << 26  # elements of a layer's experts that may be kept a second time, in the order which that needs
+
+
+class Runner:
+    """Steps `model` without changing it. It copies weights: make a new one when they have changed."""
+
+    def __init__(self, model: Transformer) -> None:
+        assert model.embed_tokens is not None
+        assert model.norm is not None
+        assert model.lm_head is not None
+        self.embedding = model.embed_tokens.weight.detach()
+        self.dtype = between(self.embedding.device, model.dtype)  # of activations, and of the cache
+        self.layers = [_Layer(block, model.dtype) for block in model.layers.values() if isinstance(block, Block)]
+        self.norm = _Norm(model.norm, self.dtype)
+        self.head = _Matrix(model.lm_head.weight, model.dtype)
+        positions = torch.arange(model.config.max_position_embeddings, device=self.embedding.device)[None]
+        self.turns = torch.complex(*rotary(positions, model.config))[0]  # [S, R/2], each pair's at each position
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
+        """The next token of every row [B], which goes into the cache → logits [B, V] of the one after it.
+
+        Raises ValueError when the cache is full.
+        """
+        at, end = cache.advance()
+        turns = self.turns[at]  # [R/2], or [B, R/2] where rows differ in length
+        closed = None
+        if isinstance(at, Tensor):
+            closed = torch.zeros(len(at), 1, end, dtype=self.dtype, device=at.device)
+            closed.masked_fill_(torch.arange(end, device=at.device) > at[:, None, None], float("-inf"))
+        x = F.embedding(tokens, self.embedding).to(self.dtype)
+        for layer, values in zip(self.layers, cache.values, strict=True):
+            x = layer(x, values[:, :end], at, turns, closed)
+        return self.head(self.norm(x))
+
+
+class _Layer:
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        mlp, activations = block.mlp, between(block.input_layernorm.weight.device, dtype)
+        self.before_attention = _Norm(block.input_layernorm, activations)
+        self.attention = _Attention(block.self_attn, dtype)
+        self.before_mlp = _Norm(block.post_attention_layernorm, activations)
+        self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
+
+    def __call__(self, x: Tensor, seen: Tensor, at: Tensor | int, turns: Tensor, closed: Tensor | None) -> Tensor:
+        """x [B, D], seen the layer's part of the cache, the new token's place included [B, S, C + R] → [B, D]."""
+        x = self.attention(x, self.before_attention(x), seen, at, turns, closed)
+        return self.mlp(x, self.before_mlp(x))
+
+
+class _Attention:
+    """MLA in its absorbed form (report §2.1.1), one query per row."""
+
+    def __init__(self, mla: MLA, dtype: torch.dtype) -> None:
+        device = mla.o_proj.weight.device
+        activations = between(device, dtype)
+        self.heads, self.scale = mla.heads, mla.scale
+        self.nope, self.latent, self.rope = mla.qk_nope_head_dim, mla.kv_lora_rank, mla.qk_rope_head_dim
+        up = mla.kv_b_proj.weight.detach().to(activations).unflatten(0, (self.heads, -1))
+        self.w_uk, w_uv = up.split([self.nope, mla.v_head_dim], dim=1)  # [H, N, C], [H, V, C]
+        self.w_uv = w_uv.mT
+        query, out = (mla.q_b_proj if mla.compresses_queries else mla.q_proj).weight, mla.o_proj.weight
+        # Where the products are small and lose no precision: W_UK goes into the queries' matrix, W_UV into the output's.
+        size = self.heads * (self.latent + self.rope) * query.shape[1]
+        self.folds = size <= SMALL and activations.itemsize >= 4
+        if self.folds:
+            per_head = query.detach().to(activations).unflatten(0, (self.heads, -1))
+            folded = torch.einsum("hnc,hnx->hcx", self.w_uk, per_head[:, : self.nope])
+            query = torch.cat((folded, per_head[:, self.nope :]), dim=1).flatten(0, 1)
+            out = torch.einsum("hcv,dhv->dhc", self.w_uv, out.detach().to(activations).unflatten(1, (self.heads, -1)))
+            out = out.flatten(1)
+        first = mla.q_a_proj.weight if mla.compresses_queries else query
+        self.first = first.shape[0]
+        self.down = _Matrix(torch.cat((first, mla.kv_a_proj_with_mqa.weight.to(first.dtype))), dtype)
+        self.query_norm = _Norm(mla.q_a_layernorm, activations) if mla.compresses_queries else None
+        self.query_up = _Matrix(query, dtype) if mla.compresses_queries else None
+        self.latent_norm = _Norm(mla.kv_a_layernorm, activations)
+        self.out = _Matrix(out, dtype)
+        self.nothing = torch.zeros((), dtype=activations, device=device)
+
+    def __call__(
+        self, x: Tensor, normed: Tensor, seen: Tensor, at: Tensor | int, turns: Tensor, closed: Tensor | None
+    ) -> Tensor:
+        """x + attention(normed), both [B, D]; the new token's latent and key are written to its place in `seen`."""
+        rows = x.shape[0]
+        q, latent, key = self.down(normed).split([self.first, self.latent, self.rope], dim=-1)
+        if self.query_norm is not None and self.query_up is not None:
+            q = self.query_up(self.query_norm(q))
+        q = q.view(rows, self.heads, -1)
+        turn(key, turns)
+        if isinstance(at, int):
+            seen[:, at, : self.latent] = self.latent_norm(latent)
+            seen[:, at, self.latent :] = key
+            turn(q[..., -self.rope :], turns)
+        else:
+            seen[torch.arange(rows, device=x.device), at] = torch.cat((self.latent_norm(latent), key), dim=-1)
+            turn(q[..., -self.rope :], turns[:, None])
+        if not self.folds:
+            folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B, H, C]
+            q = torch.cat((folded, q[..., self.nope :]), dim=-1)
+        scores = torch.baddbmm(
+            self.nothing if closed is None else closed, q, seen.mT, beta=closed is not None, alpha=self.scale
+        )  # [B, H, S]
+        heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, H, C]
+        if not self.folds:
+            heads = torch.bmm(heads.transpose(0, 1), self.w_uv).transpose(0, 1)  # [B, H, V]
+        return self.out.added(x, heads.reshape(rows, -1))
+
+
+class _SwiGLU:
+    """The dense FFN, or the shared experts as one."""
+
+    def __init__(self, mlp: SwiGLU, dtype: torch.dtype) -> None:
+        self.gate_up = _Matrix(torch.cat((mlp.gate_proj.weight, mlp.up_proj.weight)), dtype)
+        self.down = _Matrix(mlp.down_proj.weight, dtype)
+
+    def __call__(self, x: Tensor, normed: Tensor) -> Tensor:
+        """x + ffn(normed), both [B, D]."""
+        gate, up = self.gate_up(normed).chunk(2, dim=-1)
+        return self.down.added(x, F.silu(gate).mul_(up))
+
+
+class _MoE:
+    """Shared and routed experts (report §2.1.2), by whichever way is fastest at this number of rows."""
+
+    def __init__(self, moe: MoE, dtype: torch.dtype) -> None:
+        self.moe, self.dtype = moe, dtype
+        router = moe.gate.weight.detach()
+        self.router = router.to(torch.promote_types(between(router.device, dtype), torch.float32)).t().contiguous()
+        gate_up, down = moe.experts.gate_up_proj.detach(), moe.experts.down_proj.detach()
+        self.n = len(gate_up)
+        self.shared = _SwiGLU(moe.shared_experts, dtype) if moe.shared_experts is not None else None
+        rests = resting(gate_up[0].numel(), gate_up.device, dtype)
+        self.gate_up, self.down = gate_up.to(rests).unbind(), down.to(rests).unbind()
+        self.may_be_wide = gate_up.numel() <= WIDE_LAYER
+        self.wide: _Wide | None = None
+
+    def __call__(self, x: Tensor, normed: Tensor) -> Tensor:
+        """x + experts(normed), both [B, D]."""
+        gate = self.moe.gate
+        experts, weights = gate.select(gate.scores(normed.to(self.router.dtype) @ self.router))
+        # Where the tokens meet most experts, all are read whatever one does.
+        if 2 * experts.numel() >= self.n and self.may_be_wide and x.shape[0] <= WIDE_ROWS:
+            if self.wide is None:
+                self.wide = _Wide(self.moe, self.dtype)
+            return x + self.wide(normed, experts, weights)
+        if self.shared is not None:
+            x = self.shared(x, normed)
+        if 2 * experts.numel() < self.n:
+            return x + self.one_by_one(normed, experts, weights)
+        return x + self.moe.experts(normed.to(self.dtype), experts, weights).to(x.dtype)
+
+    def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Few choices: each reads its own expert."""
+        chosen, rows = experts.tolist(), x.to(self.down[0].dtype).unbind()
+        hidden = torch.stack([self.gate_up[e].mv(row) for row, own in zip(rows, chosen, strict=True) for e in own])
+        gate, up = hidden.chunk(2, dim=-1)
+        choices = iter(F.silu(gate).mul_(up).mul_(weights.to(hidden.dtype).view(-1, 1)).unbind())
+        sums = []
+        for own in chosen:
+            total = self.down[own[0]].mv(next(choices))
+            for e in own[1:]:
+                total.addmv_(self.down[e], next(choices))
+            sums.append(total)
+        return torch.stack(sums).to(x.dtype)
+
+
+class _Wide:
+    """All experts of a layer as one FFN, the hidden values of those that a token did not choose multiplied by 0."""
+
+    def __init__(self, moe: MoE, dtype: torch.dtype) -> None:
+        gate, up = moe.experts.gate_up_proj.detach().chunk(2, dim=1)  # [E, F, D] each
+        down, width = moe.experts.down_proj.detach().transpose(0, 1), gate.shape[1]  # [D, E, F]
+        gates, ups, downs = [gate.flatten(0, 1)], [up.flatten(0, 1)], [down.flatten(1)]
+        if moe.shared_experts is not None:  # as wide as one expert or several: their share is always 1
+            shared = moe.shared_experts
+            gates, ups = [*gates, shared.gate_proj.weight], [*ups, shared.up_proj.weight]
+            downs.append(shared.down_proj.weight)
+        self.gate_up = _Matrix(torch.cat((*gates, *ups)), dtype)  # all gates, then all ups: both halves are whole
+        self.down = _Matrix(torch.cat(downs, dim=1), dtype)
+        self.blocks = self.down.width // width
+        self.shares = torch.ones(WIDE_ROWS, self.blocks, dtype=torch.float32, device=down.device)
+        self.shares[:, : len(gate)] = 0
+
+    def __call__(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """x [B, D] → [B, D]."""
+        gate, up = self.gate_up.raw(x).chunk(2, dim=-1)
+        share = self.shares[: len(x)].to(weights.dtype).scatter(1, experts, weights).to(gate.dtype)
+        hidden = F.silu(gate).mul_(up).view(len(x), self.blocks, -1).mul_(share[..., None])
+        return self.down.raw(hidden.flatten(1))
+
+
+class _Matrix:
+    """x Wᵀ of a few rows x, W [out, in] resting as this machine multiplies it fastest."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
+        device, self.width = weight.device, weight.shape[1]
+        weight = weight.detach().to(resting(weight.numel(), device, dtype))
+        self.between = between(device, dtype)
+        self.packed = device.type == "cpu" and weight.dtype == torch.bfloat16
+        if self.packed:
+            self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous())
+        else:
+            self.weight = weight.t().contiguous() if device.type == "cpu" else weight.t()
+
+    def raw(self, x: Tensor) -> Tensor:
+        """The product in the precision in which W rests."""
+        if self.packed:
+            return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, None, "none", [], "")
+        return x @ self.weight
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.raw(x).to(self.between) if self.packed else x @ self.weight
+
+    def added(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual + x Wᵀ."""
+        return residual + self.raw(x) if self.packed else torch.addmm(residual, x, self.weight)
+
+
+class _Norm:
+    """RMSNorm in four small operations: √(|x|² + D · eps) is the hypotenuse of two numbers."""
+
+    def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
+        width = norm.weight.shape[0]
+        self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
+        self.weight = norm.weight.detach().to(self.wide) * width**0.5
+        self.least = torch.tensor((norm.eps * width) ** 0.5, dtype=self.wide, device=norm.weight.device)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide)
+        normed = torch.div(x, length.hypot_(self.least)).mul_(self.weight)
+        return normed if self.dtype == self.wide else normed.to(self.dtype)
+
+
+def turn(x: Tensor, turns: Tensor) -> None:
+    """Turns the pairs of x [..., R] in place by turns [..., R/2], as `model.rope.apply_rope` does."""
+    pairs = x.unflatten(-1, (-1, 2))
+    if x.dtype == torch.float32 or x.dtype == torch.float64:
+        torch.view_as_complex(pairs).mul_(turns)
+    else:
+        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+
+
+def between(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What activations are in between the matrices: FP32 on a CPU, where BF16 only adds casts."""
+    return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
+
+
+def resting(elements: int, device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What a matrix of this size rests in."""
+    return between(device, dtype) if elements <= SMALL else dtype
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    if scores.dtype == torch.float32 or scores.dtype == torch.float64:
+        return torch.softmax(scores, dim=-1)
+    return torch.softmax(scores, dim=-1, dtype=torch.float32).to(scores.dtype)
