@@ -207,7 +207,7 @@ def bench_decode(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False
     from leanseek.bench.decode import bench_decode as run_bench
     from leanseek.bench.turns import report
 
-    report(lambda console: run_bench(5 if quick else rounds, console), as_json)
+    report(lambda console: run_bench(5 if quick else rounds, not quick, console), as_json)
 
 
 @bench_app.command()

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from leanseek import checkpoint, load
 from leanseek.checkpoint import write_json
-from leanseek.config import BadInput, Config, read_recipe
+from leanseek.config import BadInput, Config, Stage, read_recipe
 from leanseek.data.prepare import prepare
 from leanseek.data.shards import Data, open_data
 from leanseek.data.storyworld import CHATS, QUESTIONS, answer_is, chats, questions, story
@@ -38,10 +38,12 @@ from leanseek.train.setup import settled
 from leanseek.train.step import train_step
 
 STORY_BYTES, MOST_STORY_BYTES = 1_700_000, 60_000_000  # text made for each minute, and at most
+HELD_OUT, VIGNETTES = 300_000, 2_000_000  # bytes of stories to validate on, and of vignettes to begin with
 CHATS_PER_MINUTE, MOST_CHATS = 1_200, 60_000
 RESERVE = 15.0  # seconds for the exam, the samples and the checkpoints
 VALIDATING = 0.06  # share of the minutes that validation takes
 INSTRUCTION = 0.35  # share of the training tokens
+ALONE, FADING, FADES = 130_000, 100_000, (0.7, 0.5, 0.3, 0.15)  # tokens of vignettes alone, of each mixture, its share
 SPEED_STEPS = 6  # steps whose median speed says how many tokens fit
 EXAM, AT_ONCE = 200, 50  # questions, and those answered side by side
 SAMPLES, SHOWN, WORDS_GIVEN = 10, 3, 5
@@ -60,7 +62,14 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     remembered = data / "demo-text"
     if not (data / "manifest.json").exists():
         size = round(min(STORY_BYTES * max(minutes, 0.5), MOST_STORY_BYTES))
-        report = prepare([f"storyworld:{size}" if text is None else text], data, progress=sys.stderr.isatty())
+        if text is None:
+            inputs, held_out = (
+                [f"storyworld:{size}", f"vignettes:{min(VIGNETTES, size // 4)}"],
+                min(HELD_OUT, size // 4),
+            )
+            report = prepare(inputs, data, progress=sys.stderr.isatty(), validation=[f"storyworld:{held_out}"])
+        else:
+            report = prepare([text], data, progress=sys.stderr.isatty())
         screen.show(report.lines())
         remembered.write_text(source, encoding="utf-8")
     elif remembered.exists() and remembered.read_text(encoding="utf-8") != source:
@@ -73,6 +82,8 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     begun = (first / "config.toml").exists()
     share = 1 - INSTRUCTION if text is None else 1.0
     config = checkpoint.read_run(first) if begun else budgeted(screen.left(), share, opened, tokenizer)
+    if text is None and not begun:
+        config = config.model_copy(update={"stages": from_vignettes_to_stories(config)})
     receipts = [pretrain(config, data, first)]
     if not _complete(receipts[-1]):
         return
@@ -121,7 +132,7 @@ def budgeted(seconds: float, share: float, data: Data, tokenizer: Tokenizer) -> 
     config = read_recipe("demo")
     config = config.model_copy(update={"train": settled(config.train)})
     model, optimizers, loader = assemble(config, data, tokenizer)
-    now = knobs(config.schedule, 0, config.train.tokens)
+    now = knobs(config.schedule, config.train.tokens // 2, config.train.tokens)
     rows = now.batch_tokens // config.stages[0].sequence_length
     times = []
     for i in range(SPEED_STEPS):
@@ -133,6 +144,22 @@ def budgeted(seconds: float, share: float, data: Data, tokenizer: Tokenizer) -> 
     steps = max(int(share * (seconds - sum(times)) / sorted(times)[len(times) // 2]), 1)
     train = config.train.model_copy(update={"tokens": steps * ids.numel()})
     return config.model_copy(update={"train": train})
+
+
+def from_vignettes_to_stories(config: Config) -> tuple[Stage, ...]:
+    """Looking back is learnt first, on vignettes alone; then stories come in, more and more of them, to keep it alive.
+
+    A few dozen steps after the warm-up are enough whatever the budget; a small budget gives a share of it.
+    """
+    tokens, whole = config.train.tokens, config.stages[0]
+    warm_up = config.schedule.learning_rate[0].until
+    alone, each = min(warm_up + ALONE / tokens, 0.06), min(FADING / tokens, 0.05)
+    shares = [alone, *[each] * len(FADES), 1 - alone - len(FADES) * each]
+    weights = [1.0, *FADES, 0.0]
+    return tuple(
+        whole.model_copy(update={"share": share, "mixture": {"vignettes": weight, "storyworld": 1 - weight}})
+        for share, weight in zip(shares, weights, strict=True)
+    )
 
 
 def write_chats(file: Path, rows: int) -> None:

@@ -968,6 +968,14 @@ def test_stories_are_made_up_to_the_bytes_asked_for_by_any_number_of_workers(tmp
     assert open_data(tmp_path / "1").sources == ("storyworld",)
 
 
+def test_vignettes_are_an_input_of_their_own_and_hardly_alike(tmp_path: Path) -> None:
+    report = prepare(["storyworld:200KB", "vignettes:200KB"], tmp_path / "D", validation=["storyworld:20KB"])
+    data = open_data(tmp_path / "D")
+    assert data.sources == ("storyworld", "vignettes")
+    assert report.near_duplicates < 0.05 * sum(report.documents.values())
+    assert report.leaked > 0  # the validation stories begin the training ones, and are taken out there
+
+
 @pytest.mark.parametrize("size", ["", "lots", "-5", "0", "nan", "inf", "5XB"])
 def test_a_size_of_stories_that_is_none(size: str, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="storyworld:20MB"):

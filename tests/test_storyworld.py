@@ -16,6 +16,7 @@ from leanseek.data import puzzles, storyworld
 from leanseek.data.storyworld import Story, answer_is, chats, documents, played, questions, story
 from leanseek.data.storyworld.cast import Stage
 from leanseek.data.storyworld.events import KINDS, SILENT, happen
+from leanseek.data.storyworld.gatherings import NAMES
 from leanseek.data.storyworld.phrases import PATTERNS
 from leanseek.data.storyworld.questions import sentences
 from leanseek.data.storyworld.world import Being, Event, Impossible, Place, Thing, World
@@ -418,6 +419,20 @@ def test_documents_are_stories_gatherings_and_some_sums() -> None:
             sum_and_result = re.fullmatch(r"Problem: (\d+ [-+*] \d+) = (\d+)", line)
             assert sum_and_result is not None
             assert eval(sum_and_result[1]) == int(sum_and_result[2])
+
+
+def test_a_vignette_names_one_being_at_the_beginning_of_each_sentence() -> None:
+    texts = list(storyworld.vignettes(SEED, 0, 100_000))
+    assert texts != list(storyworld.vignettes(SEED + 1, 0, 100_000))
+    assert len(set(texts)) > 0.99 * len(texts)
+    heroes = Counter(text.split(" ", 1)[0] for text in texts)
+    assert len(heroes) > 0.9 * len(NAMES)
+    for text in texts:
+        told = text.removesuffix(".").split(". ")
+        assert 3 <= len(told) <= 6
+        hero = text.split(" ", 1)[0]
+        assert {sentence.split(" ", 1)[0] for sentence in told} == {hero}
+        assert not (set(re.findall(r"[A-Z]\w+", text)) - {hero}) & set(NAMES)
 
 
 def test_chats_are_well_formed_and_mixed_as_meant() -> None:

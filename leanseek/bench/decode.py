@@ -22,8 +22,12 @@ from leanseek.train.cpu import ready_cpu
 PROMPT, NEW = 64, 64  # tokens
 
 
-def bench_decode(rounds: int, console: Console) -> list[Row]:
-    """A row for one sequence and a row for sixteen. Prompts are read before the clock runs, on both sides."""
+def bench_decode(rounds: int, compiled: bool, console: Console) -> list[Row]:
+    """A row for one sequence and a row for sixteen. Prompts are read before the clock runs, on both sides.
+
+    `compiled` lets transformers try PyTorch's compiler over a cache of fixed size too, a minute for each try; ours has
+    nothing to compile.
+    """
     ready_cpu()
     config = read_recipe("bench-20m").model
     rows = []
@@ -42,6 +46,12 @@ def bench_decode(rounds: int, console: Console) -> list[Row]:
             for experts in EXPERTS
             for threads in sorted({1, torch.get_num_threads()})
         }
+        if compiled:
+            peers |= {
+                f"theirs {name} {experts} compiled": _theirs(dtype, experts, prompt, torch.get_num_threads(), True)
+                for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+                for experts in ("grouped_mm", "batched_mm")
+            }
         peer_name, peer_rate = fastest(peers, console.print)
         row = in_turn(f"decode batch {batch}: {our_name} ÷ {peer_name}", "tokens/s", our_rate, peer_rate, rounds)
         rows.append(row)
@@ -89,11 +99,16 @@ def _ours(dtype: torch.dtype, prompt: Tensor, threads: int) -> Callable[[], Rate
     return build
 
 
-def _theirs(dtype: torch.dtype, experts: str, prompt: Tensor, threads: int) -> Callable[[], Rate]:
+def _theirs(
+    dtype: torch.dtype, experts: str, prompt: Tensor, threads: int, compiled: bool = False
+) -> Callable[[], Rate]:
     def build() -> Rate:
         model = transformers_model(read_recipe("bench-20m").model, experts, dtype).eval()
         model.generation_config.eos_token_id = None  # random weights must not end the text
         model.generation_config.pad_token_id = 0
+        if compiled:
+            model.forward = torch.compile(model.forward)
+            model.generation_config.cache_implementation = "static"
 
         def seconds(tokens: int) -> float:
             begun = time.perf_counter()
@@ -105,8 +120,7 @@ def _theirs(dtype: torch.dtype, experts: str, prompt: Tensor, threads: int) -> C
                 first = seconds(1)  # the prompt and a token: not what is measured
                 return NEW * len(prompt) / (seconds(NEW + 1) - first)
 
-        with torch.inference_mode():
-            seconds(2)
+        seconds(2)
         return measure
 
     return build

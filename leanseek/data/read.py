@@ -14,7 +14,7 @@ import zstandard
 
 from leanseek.config import BadInput
 from leanseek.data.clean import ESCAPED, decode_utf8, repair_utf8, too_damaged
-from leanseek.data.storyworld import PRETRAINING, documents
+from leanseek.data.storyworld import MADE, PRETRAINING
 
 SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
@@ -22,28 +22,29 @@ READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
 
 @dataclass(frozen=True)
 class Source:
-    """One input: its name in mixtures, and its files, or the name of a hub dataset, or so many bytes of stories."""
+    """One input: its name in mixtures, and its files, or the name of a hub dataset, or how much of what is made up."""
 
     name: str
     files: tuple[Path, ...] = ()
     hub: str = ""
     folder: bool = False
-    story_bytes: int = 0
+    made: str = ""  # which of storyworld.MADE
+    made_bytes: int = 0
 
     @property
     def size(self) -> int:
         """Bytes as they lie there, or will be made; 0 for a hub dataset."""
-        return self.story_bytes + sum(file.stat().st_size for file in self.files)
+        return self.made_bytes + sum(file.stat().st_size for file in self.files)
 
 
 @dataclass(frozen=True)
 class Batch:
     """Records of one file for one worker.
 
-    `rows`: a whole text file, lines of JSONL, texts (anything, None too), or (number, bytes) of stories to be told.
+    `rows`: a whole text file, lines of JSONL, texts (anything, None too), or (number, bytes) of what is to be made up.
     """
 
-    kind: str  # text, jsonl, rows, stories
+    kind: str  # text, jsonl, rows, made
     source: int
     where: str
     rows: list[Any]
@@ -113,8 +114,9 @@ def find_source(text: str) -> Source:
     if rest.startswith("hf:"):
         hub = rest.removeprefix("hf:")
         return Source(name or hub.rpartition("/")[2], hub=hub)
-    if rest.startswith("storyworld:"):
-        return Source(name or "storyworld", story_bytes=_size(rest.removeprefix("storyworld:"), rest))
+    made, colon, size = rest.partition(":")
+    if colon and made in MADE:
+        return Source(name or made, made=made, made_bytes=_size(size, rest))
     path = Path(rest)
     if path.is_dir():
         files = tuple(
@@ -145,7 +147,8 @@ def _size(text: str, where: str) -> int:
     except ValueError:
         size = 0.0
     if not 1 <= size < 1e15:
-        raise BadInput(f"{where}: say how many bytes of stories, for example storyworld:20MB")
+        made = where.partition(":")[0]
+        raise BadInput(f"{where}: say how many bytes are to be made up, for example {made}:20MB")
     return int(size)
 
 
@@ -154,9 +157,9 @@ def batches(sources: list[Source]) -> Iterator[Batch]:
     for number, source in enumerate(sources):
         if source.hub:
             yield from _hub_batches(number, source.hub)
-        for batch in range(-(-source.story_bytes // READ)):
-            size = min(READ, source.story_bytes - batch * READ)
-            yield Batch("stories", number, "storyworld", [(batch, size)], batch + 1)
+        for batch in range(-(-source.made_bytes // READ)):
+            size = min(READ, source.made_bytes - batch * READ)
+            yield Batch("made", number, source.made, [(batch, size)], batch + 1)
         for file in source.files:
             suffix = SUFFIX.search(file.name)[1].lower()  # type: ignore[index]
             if suffix == ".parquet":
@@ -251,8 +254,8 @@ def parse(batch: Batch) -> Records:
     done = Records(batch)
     offset = batch.offset
     rows = batch.rows
-    if batch.kind == "stories":
-        rows = [text for number, size in rows for text in documents(PRETRAINING, number, size)]
+    if batch.kind == "made":
+        rows = [text for number, size in rows for text in MADE[batch.where](PRETRAINING, number, size)]
     for number, row in enumerate(rows, batch.first):
         where = f"{batch.where} line {number}" if batch.kind != "text" else batch.where
         text, replaced = row, 0
@@ -291,7 +294,7 @@ def parse(batch: Batch) -> Records:
             continue
         done.texts.append(encoded)
         done.raw_sizes.append(len(encoded) - 2 * replaced)  # U+FFFD takes three bytes, what was given took one
-        if batch.kind in ("rows", "stories"):
+        if batch.kind in ("rows", "made"):
             done.size += len(encoded)
     done.batch = Batch(batch.kind, batch.source, batch.where, [], batch.first, batch.offset, batch.folder)
     return done

@@ -19,7 +19,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', as views where it holds that precision.
+        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', as views in one precision.
 
         Raises ValueError when the tokens do not fit.
         """

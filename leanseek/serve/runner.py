@@ -85,17 +85,18 @@ class _Attention:
         up = mla.kv_b_proj.weight.detach().to(activations).unflatten(0, (self.heads, -1))
         self.w_uk, w_uv = up.split([self.nope, mla.v_head_dim], dim=1)  # [H, N, C], [H, V, C]
         self.w_uv = w_uv.mT
-        query, out = (mla.q_b_proj if mla.compresses_queries else mla.q_proj).weight, mla.o_proj.weight
-        # Where the products are small and lose no precision: W_UK goes into the queries' matrix, W_UV into the output's.
+        query = (mla.q_b_proj if mla.compresses_queries else mla.q_proj).weight.detach()
+        out = mla.o_proj.weight.detach()
+        # Where the products are small and exact enough: W_UK goes into the queries' matrix, W_UV into the output's.
         size = self.heads * (self.latent + self.rope) * query.shape[1]
         self.folds = size <= SMALL and activations.itemsize >= 4
         if self.folds:
-            per_head = query.detach().to(activations).unflatten(0, (self.heads, -1))
+            per_head = query.to(activations).unflatten(0, (self.heads, -1))
             folded = torch.einsum("hnc,hnx->hcx", self.w_uk, per_head[:, : self.nope])
             query = torch.cat((folded, per_head[:, self.nope :]), dim=1).flatten(0, 1)
-            out = torch.einsum("hcv,dhv->dhc", self.w_uv, out.detach().to(activations).unflatten(1, (self.heads, -1)))
+            out = torch.einsum("hcv,dhv->dhc", self.w_uv, out.to(activations).unflatten(1, (self.heads, -1)))
             out = out.flatten(1)
-        first = mla.q_a_proj.weight if mla.compresses_queries else query
+        first = mla.q_a_proj.weight.detach() if mla.compresses_queries else query
         self.first = first.shape[0]
         self.down = _Matrix(torch.cat((first, mla.kv_a_proj_with_mqa.weight.to(first.dtype))), dtype)
         self.query_norm = _Norm(mla.q_a_layernorm, activations) if mla.compresses_queries else None

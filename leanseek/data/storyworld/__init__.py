@@ -10,14 +10,16 @@ from typing import Any
 
 from leanseek.data import puzzles
 from leanseek.data.storyworld.cast import Stage, stage
-from leanseek.data.storyworld.gatherings import gathering
+from leanseek.data.storyworld.gatherings import asked_below, gathering
 from leanseek.data.storyworld.plots import PLOTS
 from leanseek.data.storyworld.questions import Fact, answer_is, as_reply, facts_of, request_for, sentences
 from leanseek.data.storyworld.talk import small_talk
+from leanseek.data.storyworld.vignettes import vignette
 from leanseek.data.storyworld.words import pick
 
 __all__ = [
     "CHATS",
+    "MADE",
     "PRETRAINING",
     "QUESTIONS",
     "Fact",
@@ -91,10 +93,23 @@ def documents(seed: int, number: int, size: int) -> Iterator[str]:
             text = told.text
             if rng.random() < 1 / 2:
                 asked_facts = rng.sample(told.facts, min(len(told.facts), rng.randrange(2, 7)))
-                text += "\n" + "".join(f"\nQuestion: {f.question}\nAnswer: {as_reply(f.answer)}" for f in asked_facts)
+                text += "\n" + asked_below((f.question, f.answer) for f in asked_facts)
         written += len(text.encode())
         yield text
     raise ValueError(f"a batch has {BATCH} texts, which is less than {size} bytes: take several batches")
+
+
+def vignettes(seed: int, number: int, size: int) -> Iterator[str]:
+    """Batch `number` of vignettes about one being each: until they have `size` bytes of UTF-8 or more."""
+    rng = random.Random(f"vignettes:{seed}:{number}")
+    written = 0
+    while written < size:
+        text = vignette(rng)
+        written += len(text.encode())
+        yield text
+
+
+MADE = {"storyworld": documents, "vignettes": vignettes}  # texts to pre-train on, by the name of the input
 
 
 def chats(seed: int, number: int, count: int) -> Iterator[dict[str, Any]]:

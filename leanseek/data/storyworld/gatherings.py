@@ -5,7 +5,7 @@ needs much practice in: a story asks for it less often.
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from leanseek.data.storyworld import words
 from leanseek.data.storyworld.questions import as_reply
@@ -33,8 +33,12 @@ def gathering(rng: random.Random) -> str:
             sentences.append(sentence)
             asked.append(even(rng, questions))
     rng.shuffle(asked)
-    lines = "".join(f"\nQuestion: {question}\nAnswer: {as_reply(answer)}" for question, answer in asked[:6])
-    return f"{' '.join(sentences)}\n{lines}"
+    return f"{' '.join(sentences)}\n{asked_below(asked[:6])}"
+
+
+def asked_below(asked: Iterable[tuple[str, str]]) -> str:
+    """Questions with their answers, as they stand below a text."""
+    return "".join(f"\nQuestion: {question}\nAnswer: {as_reply(answer)}" for question, answer in asked)
 
 
 def _fresh(rng: random.Random, items: tuple[str, ...], used: set[str]) -> str:
@@ -105,4 +109,6 @@ OPENINGS = (
     "One {W} {D} there was a feast {P}, with {N}.",
     "{N} sat {P} on a {W} {D}.",
 )
-KINDS: tuple[Callable[[random.Random, str, set[str]], Said], ...] = (_has, _has, _is_in, _feels, _eats, _gives)
+Kind = Callable[[random.Random, str, set[str]], Said]
+ALONE: tuple[Kind, ...] = (_has, _has, _is_in, _feels, _eats)
+KINDS: tuple[Kind, ...] = (*ALONE, _gives)
