@@ -8,7 +8,6 @@ import random
 from collections.abc import Callable, Iterable
 
 from leanseek.data.storyworld import words
-from leanseek.data.storyworld.questions import as_reply
 from leanseek.data.storyworld.words import even, with_article
 
 Said = tuple[str, tuple[tuple[str, str], ...]]  # a sentence, and questions with their answers
@@ -38,7 +37,7 @@ def gathering(rng: random.Random) -> str:
 
 def asked_below(asked: Iterable[tuple[str, str]]) -> str:
     """Questions with their answers, as they stand below a text."""
-    return "".join(f"\nQuestion: {question}\nAnswer: {as_reply(answer)}" for question, answer in asked)
+    return "".join(f"\nQuestion: {question}\nAnswer: {answer}." for question, answer in asked)
 
 
 def _fresh(rng: random.Random, items: tuple[str, ...], used: set[str]) -> str:

@@ -295,8 +295,8 @@ def answer_is(reply: str, answer: str) -> bool:
 
 
 def as_reply(answer: str) -> str:
-    """The answer as one says it: with a capital letter and a full stop."""
-    return f"{answer[0].upper()}{answer[1:]}."
+    """The answer as the assistant says it: after other words, so that its tokens are those of the story."""
+    return f"The story says: {answer}."
 
 
 # ── requests ──────────────────────────────────────────────────────────────────────────────────────────────────────
