@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from leanseek.cli import main
-from leanseek.config import parse, read_recipe, recipe_names
+from leanseek.config import Config, parse, read_recipe, recipe_names
 from tests.tiny import RECIPE, make_data, story
 
 FEW = "train.max_steps=6"
@@ -287,6 +287,21 @@ def test_demo_goes_from_nothing_to_a_chat_and_takes_up_where_it_stopped(leanseek
     assert code == 0
     assert "read 1," not in again
     assert json.loads((tmp_path / "demo" / "exam.json").read_text()) == results
+
+
+@pytest.mark.parametrize("tokens", [20_000, 3_000_000, 30_000_000])
+def test_demo_begins_with_vignettes_alone_and_ends_with_stories(tokens: int) -> None:
+    from leanseek.demo import from_vignettes_to_stories
+
+    config = read_recipe("demo", [f"train.tokens={tokens}"])
+    stages = from_vignettes_to_stories(config)
+    Config.model_validate(config.model_dump() | {"stages": [stage.model_dump() for stage in stages]})
+    mixtures = [stage.mixture["vignettes"] for stage in stages]
+    assert mixtures == sorted(mixtures, reverse=True)
+    assert (mixtures[0], mixtures[-1]) == (1.0, 0.0)
+    assert stages[0].share * tokens <= 0.06 * tokens
+    if tokens == 3_000_000:  # fifty steps of 2,048 tokens at full rate, and as many again
+        assert 100_000 < (stages[0].share - config.schedule.learning_rate[0].until) * tokens < 200_000
 
 
 def test_demo_on_ones_own_text(leanseek, refusal, small_demo, tmp_path: Path) -> None:
