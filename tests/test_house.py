@@ -21,7 +21,7 @@ EVERYTHING = frozenset({"everything"})
 SERVE = frozenset({"model", "ops", "parallel", "checkpoint", "hub", "data.tokenizer"})
 EVAL = frozenset({"data", "model", "ops", "serve", "checkpoint"})
 TRAIN = frozenset({"data", "model", "ops", "parallel", "checkpoint", "plan.count"})
-WEIGHTS = frozenset({"model", "parallel", "ops.fp8", "data.tokenizer"})
+WEIGHTS = frozenset({"model", "parallel", "ops.fp8", "data.tokenizer", "weightfiles"})
 
 # Beside its own room and `config`, which all may import. The longest name that fits a module is its row.
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "model": frozenset({"ops"}),
     "parallel": frozenset({"model", "ops"}),
     "checkpoint": WEIGHTS,
-    "hub": WEIGHTS,
-    "gguf": WEIGHTS,
+    "weightfiles": frozenset(),
+    "hub": WEIGHTS | {"checkpoint"},
+    "gguf": WEIGHTS | {"checkpoint", "hub"},
     "serve": SERVE,
     "eval": EVAL,
     "train": TRAIN,
