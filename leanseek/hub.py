@@ -33,7 +33,7 @@ from leanseek.config import BadInput, Config, ModelConfig, explain
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.ops.fp8 import FP8, SCALE, block_scales, dequantise, quantise, scale_shape
-from leanseek.weightfiles import Planned, Stored, open_folder, staged, write_folder
+from leanseek.weightfiles import INDEX, Planned, Stored, open_folder, staged, write_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
 FILE_BYTES = 5_000_000_000
@@ -135,10 +135,8 @@ def released_name(name: str) -> str:
 # ── config.json ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def read_model_config(folder: Path) -> ModelConfig:
+def model_config(released: dict[str, Any], file: Path) -> ModelConfig:
     """The model that a release's config.json describes; keys that mean nothing here are kept. Raises BadInput."""
-    file = folder / "config.json"
-    released = _read_json(file)
     family = FAMILIES.get(str(released.get("model_type")))
     if family is None:
         raise BadInput(
@@ -191,7 +189,7 @@ def import_release(folder: Path, run: Path) -> None:
     is not what its config.json says.
     """
     side_files = _side_files(folder)
-    config = read_model_config(folder)
+    config = model_config(_read_json(folder / "config.json"), folder / "config.json")
     tensors, places = open_folder(folder), layout(config)
     kept = {name: stored for name, stored in tensors.items() if name.endswith(SCALE) or DERIVED.fullmatch(name)}
     if (folder / "scales").is_dir():
@@ -224,7 +222,7 @@ def _ours(config: ModelConfig, tensors: dict[str, Stored], places: dict[str, Pla
         parts.setdefault(place.name, {}).setdefault(place.part, released)  # of copies the first
     planned = []
     for name, shape in our_shapes(config).items():
-        pieces = list(parts[name].values())
+        pieces = [parts[name][part] for part in range(len(parts[name]))]
         planned.append(_joined(name, shape, [tensors[piece] for piece in pieces]))
         if planned[-1].dtype == FP8:
             blocks = scale_shape(*places[pieces[0]].shape)
@@ -370,7 +368,7 @@ class Weights:
         if newest is None:
             raise BadInput(f"{run}: has no checkpoint yet: train it first")
         self.tensors, self.places = open_folder(newest.model), layout(self.config.model)
-        self.kept = open_folder(run / "released") if (run / "released").is_dir() else {}
+        self.kept = open_folder(run / "released") if (run / "released" / INDEX).is_file() else {}
         quantization = self.config.model.verbatim.get("quantization_config", {})
         self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
         self._in_fp8 = lru_cache(maxsize=1)(self._quantised)  # codes and scales are asked for one after the other

@@ -78,7 +78,10 @@ def open_folder(folder: Path) -> dict[str, Stored]:
         raise BadInput(f"{folder}: no such folder of weights")
     indices = sorted(folder.glob("*.safetensors.index.json"))
     if not indices:
-        return _joined((file, _header(file)) for file in sorted(folder.glob("*.safetensors")))
+        files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            raise BadInput(f"{folder}: there is no safetensors file in it")
+        return _joined((file, _header(file)) for file in files)
     try:
         file_of: dict[str, str] = json.loads(indices[0].read_bytes())["weight_map"]
         names = sorted(set(file_of.values()))
@@ -209,9 +212,11 @@ def _write_file(path: Path, tensors: list[Planned], advance: Callable[[int], Non
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of eight, whatever reads them
     start = len(text).to_bytes(8, "little") + text
-    if path.is_file() and path.stat().st_size == len(start) + end and path.open("rb").read(len(start)) == start:
-        advance(end)
-        return
+    if path.is_file() and path.stat().st_size == len(start) + end:
+        with path.open("rb") as file:
+            if file.read(len(start)) == start:
+                advance(end)
+                return
     writing = path.with_name(f".writing-{path.name}")
     with writing.open("wb") as file:
         file.write(start)
