@@ -118,11 +118,13 @@ def create_run(
     `begun_with` is the run whose weights it starts from: what came with those when they were imported comes along.
     """
     _make_folder(run)
-    (run / "config.toml").unlink(missing_ok=True)  # an import's own, until RUN is trained
+    if is_import(run):  # has its tokenizer; until its data are noted, last, it may be begun otherwise
+        _write_whole(run / "config.toml", to_toml(config).encode())
+        _write_facts(run, data_fingerprint, str(data.absolute()), chats)
+        return
     _write_facts(run, data_fingerprint, str(data.absolute()), chats)
     _make_folder(run / "checkpoints")
-    if not is_import(run):
-        shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     if begun_with is not None and (begun_with / "released").is_dir():
         shutil.copytree(begun_with / "released", run / "released", dirs_exist_ok=True)
     _write_whole(run / "config.toml", to_toml(config).encode())  # last: a run with a configuration is complete

@@ -203,7 +203,7 @@ def export(
         Literal["fp32", "bf16", "fp8"] | None, typer.Option(help="Precision of the weights; as they are unless told.")
     ] = None,
     format: Annotated[  # the contract's name for it
-        Literal["hf", "gguf"], typer.Option(help="hf: transformers, vLLM, SGLang. gguf: llama.cpp.")
+        Literal["hf", "gguf"], typer.Option(help="hf: for transformers and vLLM. gguf: for llama.cpp.")
     ] = "hf",
 ) -> None:
     """Write a run's weights for other tools."""

@@ -53,12 +53,8 @@ ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "Deepsee
 
 # What an FP8 release quantises, in its spelling: attention, dense FFN and experts, but no gate, norm or `eh_proj`.
 QUANTISED = re.compile(r".*\.(self_attn|mlp|shared_experts|experts\.\d+)\.\w+_proj(_with_mqa)?\.weight")
-QUANTIZATION_CONFIG = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "weight_block_size": [128, 128],
-}
+FP8_BLOCKS = {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}
+QUANTIZATION_CONFIG = {"activation_scheme": "dynamic"} | FP8_BLOCKS
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # some releases hold what the config says
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -149,6 +145,11 @@ def model_config(released: dict[str, Any], file: Path) -> ModelConfig:
     verbatim = {key: value for key, value in released.items() if key not in fields and value is not None}
     if released["model_type"] != family["model_type"]:
         verbatim["model_type"] = released["model_type"]
+    quantization = verbatim.get("quantization_config", QUANTIZATION_CONFIG)
+    if not isinstance(quantization, dict) or any(
+        quantization.get(key, wanted) != wanted for key, wanted in FP8_BLOCKS.items()
+    ):
+        raise BadInput(f"{file}: quantization_config: only FP8 in blocks of 128 × 128 is read here")
     try:
         return ModelConfig.model_validate(family | fields | {"model_type": family["model_type"], "verbatim": verbatim})
     except ValidationError as error:
@@ -157,11 +158,11 @@ def model_config(released: dict[str, Any], file: Path) -> ModelConfig:
 
 def _rope(released: dict[str, Any]) -> dict[str, Any]:
     """`rope_theta` and `rope_scaling`, also from transformers' newer `rope_parameters`, which leaves."""
-    newer: dict[str, Any] | None = released.pop("rope_parameters", None)
-    theta = {} if newer is None else {"rope_theta": newer.pop("rope_theta", 10000.0)}
+    newer = released.pop("rope_parameters", None)
     scaling = released.get("rope_scaling") if newer is None else newer
     if not isinstance(scaling, dict):
-        return theta
+        return {"rope_scaling": scaling}
+    theta = {} if newer is None else {"rope_theta": scaling.pop("rope_theta", 10000.0)}
     kind = scaling.pop("rope_type", None) or scaling.get("type")
     if kind == "default":
         return theta | {"rope_scaling": None}
@@ -175,7 +176,8 @@ def released_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     released: dict[str, Any] = {"architectures": [ARCHITECTURES[config.model_type]], "use_cache": True}
     released |= fields | config.verbatim
     quantization = QUANTIZATION_CONFIG | released.pop("quantization_config", {})
-    released["dtype" if "dtype" in released else "torch_dtype"] = "float32" if dtype == torch.float32 else "bfloat16"
+    computed_in = torch.bfloat16 if dtype == FP8 else dtype
+    released["dtype" if "dtype" in released else "torch_dtype"] = str(computed_in).removeprefix("torch.")
     return released | ({"quantization_config": quantization} if dtype == FP8 else {})
 
 
@@ -252,8 +254,9 @@ def _configuration(folder: Path, model: ModelConfig, tensors: dict[str, Stored],
         **TRAINING,
         "train": {**TRAINING["train"], "dtype": dtype},
     }
+    noted = notes.get("training")
     try:
-        return Config.model_validate(notes.get("training", sections) | {"model": model.model_dump()})
+        return Config.model_validate((noted if isinstance(noted, dict) else sections) | {"model": model.model_dump()})
     except ValidationError as error:
         raise BadInput(f"{folder}: {explain(error, Config)}") from None
 
@@ -306,34 +309,25 @@ def _check(
     _refuse(folder, "missing", missing)
     scales = {name + SCALE for name in places if tensors[name].dtype == FP8}
     _refuse(folder, "FP8 without scales:", [name.removesuffix(SCALE) for name in scales if name not in tensors])
-    _refuse(
-        folder,
-        "nobody claims",
-        [name for name in tensors if name not in {*places, *scales} and not DERIVED.fullmatch(name)],
-    )
+    claimed = {*places, *scales}
+    _refuse(folder, "nobody claims", [name for name in tensors if name not in claimed and not DERIVED.fullmatch(name)])
     shapes = {name: place.shape for name, place in places.items()}
     for name in kept:
         if name.endswith(SCALE):
             weight = shapes.get(name.removesuffix(SCALE), ())
             shapes[name] = scale_shape(*weight) if len(weight) == 2 else ()
-    both = tensors | kept
-    _refuse(
-        folder,
-        "wrong shape of",
-        [
-            f"{name} ({list(both[name].shape)}, by the config {list(s)})"
-            for name, s in shapes.items()
-            if both[name].shape != s
-        ],
-    )
+    there = tensors | kept
+    wrong = [
+        (name, list(there[name].shape), list(shape)) for name, shape in shapes.items() if there[name].shape != shape
+    ]
+    _refuse(folder, "wrong shape of", [f"{name} ({found}, by the config {wanted})" for name, found, wanted in wrong])
     first: dict[str, str] = {}
     for name, place in places.items():
         other = first.setdefault(place.name, name)
-        if tensors[name].dtype != tensors[other].dtype:
-            raise BadInput(
-                f"{folder}: {name} is in {tensors[name].dtype}, {other} in {tensors[other].dtype}: not the same"
-            )
-        if place == places[other] and name != other and not same_bits(tensors[name].read(), tensors[other].read()):
+        for a, b in ((name, other), (name + SCALE, other + SCALE)):
+            if a in tensors and b in tensors and tensors[a].dtype != tensors[b].dtype:
+                raise BadInput(f"{folder}: {a} is in {tensors[a].dtype}, {b} in {tensors[b].dtype}: not the same")
+        if place == places[other] and name != other and not tensors[name].same_bits(tensors[other]):
             raise BadInput(f"{folder}: {name} differs from {other}, of which it should be a copy")
 
 
@@ -342,12 +336,8 @@ def _check_tokenizer(folder: Path, config: ModelConfig, tokenizer: Tokenizer) ->
     if tokenizer.vocab_size > config.vocab_size or theirs != ends:
         raise BadInput(
             f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, with BOS and EOS {theirs}; its config.json says "
-            f"{config.vocab_size}, with {ends}: they do not belong together"
+            f"{config.vocab_size}, with {ends}: they do not belong together: mend the one that is wrong"
         )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
 
 
 def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:
@@ -430,7 +420,7 @@ def export_release(run: Path, folder: Path, dtype: str | None = None) -> None:
                 write_folder(writing / "scales", _as_they_are(scales), FILE_BYTES, advance)
         for kept_in in (run / "released", run / "tokenizer"):
             for file in kept_in.iterdir() if kept_in.is_dir() else ():
-                if not file.name.endswith(WEIGHTS):
+                if file.is_file() and not file.name.endswith(WEIGHTS):
                     shutil.copyfile(file, writing / file.name)
         _write_json(writing / "config.json", released_config(model, wanted))
         notes = {"chats": checkpoint.chats(run), "training": weights.config.model_dump(mode="json", exclude={"model"})}

@@ -502,6 +502,25 @@ def _other_tokenizer(made: Release) -> str:
     return "they do not belong together"
 
 
+def _scales_of_two_kinds(made: Release) -> str:
+    name = EXPERT.replace(".weight", ".weight_scale_inv")
+    made.tensors[name] = made.tensors[name].bfloat16()
+    made.write()
+    return f"{name} is in torch.bfloat16, model.layers.1.mlp.experts.0.down_proj.weight_scale_inv in torch.float32"
+
+
+def _quantised_otherwise(made: Release) -> str:
+    made.config["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    made.write()
+    return "only FP8 in blocks of 128 × 128 is read here"
+
+
+def _rope_is_garbage(made: Release) -> str:
+    made.config["rope_parameters"] = [1]
+    made.write()
+    return "config.json: rope_scaling"
+
+
 def _no_weights(made: Release) -> str:
     for file in made.folder.glob("*.safetensors*"):
         file.unlink()
@@ -610,10 +629,27 @@ def test_whatever_is_stopped_goes_on_where_it_was(
         monkeypatch.setattr(weightfiles.Stored, "read", sound)
     assert differing(releases["V3"].tensors, read(tmp_path / "out")) == []
 
+    stopped(lambda: export_release(run, tmp_path / "c"), tmp_path / "c")
+    monkeypatch.setattr(weightfiles.Stored, "read", sound)
+    monkeypatch.setattr(hub, "FILE_BYTES", 300_000)  # another division: nothing of the first one stays
+    export_release(run, tmp_path / "c")
+    assert differing(releases["V3"].tensors, read(tmp_path / "c")) == []
+
     stopped(lambda: export_release(run, tmp_path / "b", "bf16"), tmp_path / "b")
     monkeypatch.setattr(weightfiles.Stored, "read", sound)
     export_release(run, tmp_path / "b", "fp32")  # another wish: what was begun is of no use
     assert {t.dtype for t in read(tmp_path / "b").values()} == {torch.float32}
+
+
+def test_a_bar_shows_where_somebody_watches(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    export_release(runs["V3"], tmp_path / "out")
+    assert "export V3" in capsys.readouterr().err
+    monkeypatch.undo()
+    export_release(runs["V3"], tmp_path / "again")
+    assert capsys.readouterr().err == ""
 
 
 def test_two_processes_do_not_write_one_folder(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -793,7 +829,12 @@ def test_a_run_goes_out_and_comes_back(trained: Path, exports: dict[str, Path], 
     assert not checkpoint.chats(back)
 
 
-def test_training_goes_on_from_an_import(trained: Path, exports: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_training_goes_on_from_an_import(
+    trained: Path, exports: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
     back = tmp_path / "back"
     import_release(exports["fp32"], back)
     with pytest.raises(BadInput, match=r"has no data of its own: give --text"):
@@ -809,6 +850,10 @@ def test_training_goes_on_from_an_import(trained: Path, exports: dict[str, Path]
     with pytest.raises(BadInput, match=r"keeps its tokenizer: prepare the data with --tokenizer"):
         pretrain(recipe, foreign, back)
     before = checkpoint.read_run(back).model
+    with monkeypatch.context() as patch:  # stopped while the import becomes a run with data
+        patch.setattr(checkpoint, "_write_facts", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(recipe, data, back)
     receipt = pretrain(recipe, data, back)
     assert receipt["steps"] == 8
     assert abs(receipt["bpb"] - evaluate(trained, ["bpb"])["bpb"]["bpb"]) < 0.02  # it began where the run had ended

@@ -53,8 +53,17 @@ def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
         return torch.stack([dequantise(*pair, dtype) for pair in zip(matrices, scales, strict=True)]).view(codes.shape)
     values = torch.empty(codes.shape, dtype=dtype)
     for i, strip in enumerate(codes.split(BLOCK)):
-        values[i * BLOCK : (i + 1) * BLOCK] = strip.float() * _spread(scales[i], codes)
+        values[i * BLOCK : (i + 1) * BLOCK] = _over_256(strip) * (256 * _spread(scales[i], codes))
     return values
+
+
+def _over_256(codes: Tensor) -> Tensor:
+    """value / 256 in FP32, exactly: moved into the bits of FP16, codes mean that. A cast takes three times as long."""
+    bits = codes.view(torch.uint8)
+    if (bits & 0x7F).amax() == 0x7F:  # NaN, which FP16 would take for a number
+        return codes.float() / 256
+    bits = bits.to(torch.int16)
+    return (((bits << 8) >> 1) & ~0x4000).view(torch.float16).float()  # the sign stays in front
 
 
 def _spread(scales: Tensor, matrix: Tensor) -> Tensor:
