@@ -294,25 +294,21 @@ def values(config: dict[str, Any], seed: int) -> dict[str, Tensor]:
         if name.endswith("e_score_correction_bias"):
             tensors[name] = normal * 0.3 - 0.7  # FP32, and not to be rounded: every bit counts
         elif len(shape) == 1:
-            tensors[name] = torch.empty(shape).uniform_(0.5, 1.5, generator=generator).bfloat16()
-        elif name.endswith(("shared_head.head.weight", ".embed_tokens.weight")):
-            tensors[name] = tensors.get("lm_head.weight" if "head" in name else "", normal).bfloat16()
+            tensors[name] = (1 + normal.clamp(-2, 2) / 4).bfloat16()
+        elif name == "model.embed_tokens.weight":
+            tensors[name] = normal.bfloat16()
+        elif name.endswith("embed_tokens.weight"):  # the copies of an MTP module
+            tensors[name] = tensors["model.embed_tokens.weight"].clone()
+        elif name.endswith("shared_head.head.weight"):
+            tensors[name] = tensors["lm_head.weight"].clone()
         else:
-            gain = (
-                1.5
-                if name.endswith("mlp.gate.weight")
-                else 2.0
-                if name.endswith(("q_proj.weight", "q_b_proj.weight"))
-                else 1.0
-            )
-            tensors[name] = (normal * gain * shape[1] ** -0.5).bfloat16()
-            if quantization and in_fp8(name):
-                codes, scales = quantised(tensors[name].float(), quantization.get("scale_fmt") == "ue8m0")
+            gain = {"gate": 1.5, "q_proj": 2.0, "q_b_proj": 2.0}.get(name.split(".")[-2], 1.0)
+            matrix = normal * gain * shape[1] ** -0.5
+            if quantization and in_fp8(name):  # scales of masters that nobody sees: rounded values give others
+                codes, scales = quantised(matrix, quantization.get("scale_fmt") == "ue8m0")
                 tensors[name], tensors[name.replace(".weight", ".weight_scale_inv")] = codes, scales
-    layers = config["num_hidden_layers"]
-    for depth in range(config.get("num_nextn_predict_layers", 0)):
-        tensors[f"model.layers.{layers + depth}.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].clone()
-        tensors[f"model.layers.{layers + depth}.shared_head.head.weight"] = tensors["lm_head.weight"].clone()
+            else:
+                tensors[name] = matrix.bfloat16()
     return tensors
 
 
