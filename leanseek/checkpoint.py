@@ -77,7 +77,7 @@ def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None
     if not (run / "config.toml").is_file():
         return None  # creation was interrupted: config.toml comes last
     stored = read_config(run / "config.toml")
-    config = config.model_copy(update={"model": of_the_same_shape(config.model, stored.model)})
+    config = config.model_copy(update={"model": _as_released(config.model, stored.model)})
     if stored_fingerprint is None:  # an import that nobody has trained: its model is given, the rest is still open
         if config.model != stored.model:
             raise BadInput(f"{run} holds an imported model of another shape: take {run / 'config.toml'} for a recipe")
@@ -95,12 +95,6 @@ def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None
     if stored_fingerprint != data_fingerprint:
         raise BadInput(f"{run} was begun on other data: give the data it began with or take a new folder")
     return merged
-
-
-def of_the_same_shape(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
-    """`model` with what means nothing to the weights, and only a release says, taken from `stored`."""
-    told = {key: getattr(stored, key) for key in ("verbatim", "num_key_value_heads", "initializer_range")}
-    return model.model_copy(update=told)
 
 
 def create_run(
@@ -485,6 +479,12 @@ def _run_facts(run: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise BadInput(f"{run}: has run format {version}, this program reads {FORMAT_VERSION}")
     return facts
+
+
+def _as_released(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
+    """`model` with those fields of `stored` that no weight depends on: a recipe does not know what a release says."""
+    told = {key: getattr(stored, key) for key in ("verbatim", "num_key_value_heads", "initializer_range")}
+    return model.model_copy(update=told)
 
 
 def _write_facts(run: Path, data_fingerprint: str | None, data: str | None, chats: bool) -> None:

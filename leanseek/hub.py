@@ -38,7 +38,7 @@ from leanseek.weightfiles import INDEX, Planned, Stored, open_folder, staged, wr
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
 FILE_BYTES = 5_000_000_000
 
-# model_type of a release → the values of fields that its config.json may leave out, ours of model_type first.
+# model_type of a release → its fields here that need not be in its config.json, our own model_type among them.
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v2": {
         "model_type": "deepseek_v2",
@@ -58,8 +58,10 @@ QUANTIZATION_CONFIG = {"activation_scheme": "dynamic"} | FP8_BLOCKS
 DERIVED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq")  # some releases hold what the config says
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = (".safetensors", ".safetensors.index.json")
-TOKENIZER = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|tokenization_).*|.*\.model")
+WEIGHT_FILES = (".safetensors", ".safetensors.index.json")
+TOKENIZER_FILES = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|chat_template|tokenization_).*|.*\.model"
+)
 LARGEST_SIDE_FILE = 64 << 20  # bytes
 NOTES = "leanseek.json"  # what a release cannot say of a run; other tools do not look at it
 
@@ -202,7 +204,7 @@ def import_release(folder: Path, run: Path) -> None:
     needed = sum(stored.nbytes for stored in [*tensors.values(), *kept.values()])
     with staged(run, _fingerprint(folder, tensors), needed) as writing:
         for name in side_files:
-            place = "tokenizer" if TOKENIZER.fullmatch(name) else "released"
+            place = "tokenizer" if TOKENIZER_FILES.fullmatch(name) else "released"
             (writing / place).mkdir(exist_ok=True)
             shutil.copyfile(folder / name, writing / place / name)
         _check_tokenizer(folder, config, Tokenizer.load(writing / "tokenizer"))
@@ -291,7 +293,7 @@ def _side_files(folder: Path) -> list[str]:
     return [
         name
         for name in names
-        if name not in mine and not name.endswith(WEIGHTS) and (folder / name).stat().st_size <= LARGEST_SIDE_FILE
+        if name not in mine and not name.endswith(WEIGHT_FILES) and (folder / name).stat().st_size <= LARGEST_SIDE_FILE
     ]
 
 
@@ -420,7 +422,7 @@ def export_release(run: Path, folder: Path, dtype: str | None = None) -> None:
                 write_folder(writing / "scales", _as_they_are(scales), FILE_BYTES, advance)
         for kept_in in (run / "released", run / "tokenizer"):
             for file in kept_in.iterdir() if kept_in.is_dir() else ():
-                if file.is_file() and not file.name.endswith(WEIGHTS):
+                if file.is_file() and not file.name.endswith(WEIGHT_FILES):
                     shutil.copyfile(file, writing / file.name)
         _write_json(writing / "config.json", released_config(model, wanted))
         notes = {"chats": checkpoint.chats(run), "training": weights.config.model_dump(mode="json", exclude={"model"})}

@@ -1,9 +1,10 @@
 """Peak memory and speed of conversions with DeepSeek-V3's own shapes: one MoE layer and the MTP module, 26 GB in FP8.
 
-    python -m scripts.stream_v3 FOLDER
+    python -m scripts.stream_v3 FOLDER [EXPERTS]
 
 Reads a release whose files are sparse and counts what would be written, so that FOLDER needs no room; times are those
-of reading, converting and hashing. That the content is right is shown on small releases in tests/test_hub.py.
+of reading, converting and hashing. With EXPERTS, so many in a layer instead of 256, and a vocabulary of 8,192, it reads
+and writes random content in earnest. That the content is right is shown on small releases in tests/test_hub.py.
 """
 
 import json
@@ -41,10 +42,10 @@ def write_counted(self: weightfiles.Planned, file: BinaryIO, advance: object) ->
 SOUND = weightfiles.Planned.write
 
 
-def sparse_release(folder: Path) -> int:
-    """Shards with true headers and no content; returns their bytes."""
+def write_release(folder: Path, experts: int | None) -> int:
+    """Shards with true headers, and no content unless `experts` is given; returns their bytes."""
     folder.mkdir(parents=True)
-    config = V3 | DEPTH
+    config = V3 | DEPTH | ({"n_routed_experts": experts, "vocab_size": 8192} if experts else {})
     (folder / "config.json").write_text(json.dumps(config))
     tokenizer().save(folder)
     files: list[dict[str, tuple[str, tuple[int, ...], int]]] = [{}]
@@ -71,7 +72,13 @@ def sparse_release(folder: Path) -> int:
         text = json.dumps(header).encode()
         with (folder / f"model-{number:05d}.safetensors").open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(file.tell() + place)
+            if experts is None:
+                file.truncate(file.tell() + place)
+            for dtype, _, nbytes in content.values() if experts else ():
+                # Below 120 no byte makes a NaN; of one size, tensors are alike: embedding, head and their copies.
+                chance = torch.Generator().manual_seed(nbytes)
+                noise = torch.randint(0, 120, (nbytes,), dtype=torch.uint8, generator=chance)
+                file.write(torch.ones(nbytes // 4).numpy().data if dtype == "F32" else noise.numpy().data)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": file_of}))
     return total
 
@@ -83,8 +90,10 @@ def peak() -> int:
 def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    size = sparse_release(folder / "release")
-    weightfiles.Planned.write = write_counted  # type: ignore[method-assign]
+    experts = int(sys.argv[2]) if len(sys.argv) > 2 else None
+    size = write_release(folder / "release", experts)
+    if experts is None:
+        weightfiles.Planned.write = write_counted  # type: ignore[method-assign]
     base = peak()
     print(f"release: {size / 1e9:.1f} GB in FP8; base: {base / 1e9:.2f} GB")
     for what, call in (

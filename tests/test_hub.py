@@ -864,8 +864,9 @@ def test_training_goes_on_from_an_import(
     assert checkpoint.read_run(back).model == before
     assert pretrain(recipe, data, back)["steps"] == 8  # the same command again resumes, and finds it complete
     assert evaluate(back, ["bpb"])["bpb"]["bytes"] > 0
-    stored = read_recipe(str(back / "config.toml"))
-    assert stored.train.tokens == 2048
+    again = tmp_path / "again"
+    import_release(exports["fp32"], again)
+    assert pretrain(read_recipe(str(again / "config.toml"), ["train.tokens=512"]), data, again)["steps"] == 2
 
 
 def test_an_fp8_import_is_tuned_served_and_exported(runs: dict[str, Path], tmp_path: Path) -> None:
