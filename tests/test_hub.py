@@ -168,6 +168,17 @@ def test_what_transformers_saves_comes_in(runs: dict[str, Path], releases: dict[
     assert torch.equal(logits_of(load_model(tmp_path / "run")), logits_of(load_model(runs["Kimi-K2"])))
 
 
+def test_a_folder_of_links_is_a_release(releases: dict[str, Release], tmp_path: Path) -> None:
+    """As download caches lay them out."""
+    (tmp_path / "snapshot").mkdir()
+    for file in releases["Kimi-K2"].folder.iterdir():
+        (tmp_path / "snapshot" / file.name).symlink_to(file)
+    import_release(tmp_path / "snapshot", tmp_path / "run")
+    export_release(tmp_path / "run", tmp_path / "out")
+    assert differing(releases["Kimi-K2"].tensors, read(tmp_path / "out")) == []
+    assert not [file for file in (tmp_path / "run").rglob("*") if file.is_symlink()]
+
+
 def test_frequencies_that_a_release_holds_travel_along(releases: dict[str, Release], tmp_path: Path) -> None:
     made = copy_of(releases["Moonlight"], tmp_path / "release")
     made.tensors["model.layers.1.self_attn.rotary_emb.inv_freq"] = torch.arange(12.0)
