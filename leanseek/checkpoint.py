@@ -3,6 +3,7 @@
     RUN/config.toml                     the resolved configuration
         run.json                        format version, place and fingerprint of the data, whether it chats
         tokenizer/
+        released/                       of an imported model: what came with it and is no weight
         metrics.jsonl  receipt.json  spent.json
         checkpoints/step-00000120/      model/*.safetensors, optimizer/*.safetensors + groups.json, state.json,
                                         checksums.json
@@ -34,9 +35,12 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from leanseek.config import BadInput, Config, differences, read_config, to_toml
+from leanseek.config import BadInput, Config, ModelConfig, differences, read_config, to_toml
+from leanseek.ops.fp8 import SCALE, dequantise
+from leanseek.weightfiles import open_folder
 
 FORMAT_VERSION = 1
+IMPORTED = Path("checkpoints/step-00000000/model")  # where the weights of an imported run are
 FILE_BYTES = 1 << 29  # a weight file is assembled in memory: large models are split into files of about this size
 
 # what the same run may be continued with: none of it changes a single weight
@@ -60,7 +64,7 @@ def lock(run: Path) -> Iterator[None]:
 
 
 def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None:
-    """The configuration to go on with when RUN already holds this very run, None when RUN is new.
+    """The configuration to go on with when RUN already holds this very run, None when RUN is new or only imported.
 
     The answer is the stored configuration with the asked price and values of FREE_KEYS; `auto` asks for whatever the
     run froze. Raises BadInput when RUN holds another configuration, other data, or is a folder of something else.
@@ -73,6 +77,11 @@ def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None
     if not (run / "config.toml").is_file():
         return None  # creation was interrupted: config.toml comes last
     stored = read_config(run / "config.toml")
+    config = config.model_copy(update={"model": _as_released(config.model, stored.model)})
+    if stored_fingerprint is None:  # an import that nobody has trained: its model is given, the rest is still open
+        if config.model != stored.model:
+            raise BadInput(f"{run} holds an imported model of another shape: take {run / 'config.toml'} for a recipe")
+        return None
     free = {key: getattr(config.train, key) for key in FREE_KEYS}
     frozen = {key: getattr(stored.train, key) for key in FROZEN_WHEN_AUTO if getattr(config.train, key) == "auto"}
     priced = {"description": config.description, "cost": config.cost}
@@ -89,23 +98,45 @@ def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None
 
 
 def create_run(
-    run: Path, config: Config, data_fingerprint: str, tokenizer: Path, data: Path, chats: bool = False
+    run: Path,
+    config: Config,
+    data_fingerprint: str,
+    tokenizer: Path,
+    data: Path,
+    chats: bool = False,
+    begun_with: Path | None = None,
 ) -> None:
     """Make RUN hold `config`, a copy of the tokenizer's folder, the place of its data and an empty `checkpoints/`.
 
     `chats` says that the run was taught to answer: a prompt then goes through the chat template unless asked raw.
+    `begun_with` is the run whose weights it starts from: what came with those when they were imported comes along.
     """
     _make_folder(run)
-    facts = {
-        "format_version": FORMAT_VERSION,
-        "data_fingerprint": data_fingerprint,
-        "data": str(data.absolute()),
-        "chats": chats,
-    }
-    write_json(run / "run.json", facts)
+    if is_import(run):  # has its tokenizer; until its data are noted, last, it may be begun otherwise
+        _write_whole(run / "config.toml", to_toml(config).encode())
+        _write_facts(run, data_fingerprint, str(data.absolute()), chats)
+        return
+    _write_facts(run, data_fingerprint, str(data.absolute()), chats)
     _make_folder(run / "checkpoints")
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
+    if begun_with is not None and (begun_with / "released").is_dir():
+        shutil.copytree(begun_with / "released", run / "released", dirs_exist_ok=True)
     _write_whole(run / "config.toml", to_toml(config).encode())  # last: a run with a configuration is complete
+
+
+def create_import(run: Path, config: Config, chats: bool) -> None:
+    """Make a run of a folder that has a tokenizer, and weights at IMPORTED: they become the checkpoint of step 0."""
+    _write_facts(run, None, None, chats)
+    checkpoint = (run / IMPORTED).parent
+    (checkpoint / "state.json").write_bytes(_json({}))
+    _seal(checkpoint, 0)
+    _write_whole(run / "config.toml", to_toml(config).encode())
+
+
+def is_import(run: Path) -> bool:
+    """Whether the newest checkpoint of RUN is an import's, which has weights but was never trained here."""
+    found = _found(run / "checkpoints")
+    return bool(found) and not (found[0].path / "optimizer").exists()
 
 
 def read_run(run: Path) -> Config:
@@ -119,7 +150,10 @@ def read_run(run: Path) -> Config:
 def data_of(run: Path) -> Path:
     """The data folder an existing run was trained on, as it was called then. Raises BadInput."""
     read_run(run)
-    return Path(_run_facts(run)["data"])
+    data = _run_facts(run)["data"]
+    if data is None:
+        raise BadInput(f"{run}: was imported and has no data of its own: give --text")
+    return Path(data)
 
 
 def remember_data(run: Path, data: Path) -> None:
@@ -232,7 +266,13 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
-    """Bring model and optimizers, in place, to the bits they were saved with; returns `state`. Raises BadInput."""
+    """Bring model and optimizers, in place, to the bits they were saved with; returns `state`. Raises BadInput.
+
+    An import has weights only, in a precision of its own: the optimizers begin anew.
+    """
+    if not (checkpoint.path / "optimizer").exists():
+        load_model_weights(checkpoint.model, model)
+        return checkpoint.state()
     load_model_weights(checkpoint.model, model, same_dtype=True)
     _load_optimizers(checkpoint.path / "optimizer", model, optimizers)
     return checkpoint.state()
@@ -245,15 +285,22 @@ def load_model_weights(folder: Path, model: nn.Module, same_dtype: bool = False)
     that are missing, not the model's, or of another shape or dtype; the model is then untouched.
     """
     target = model.state_dict()
-    stored = _stored_tensors(folder)
+    stored = open_folder(folder)
+    scaled = [name for name in target if name + SCALE in stored]  # rest in FP8
     _refuse(folder, "missing", [name for name in target if name not in stored])
-    _refuse(folder, "unexpected", [name for name in stored if name not in target])
-    shapes = [(name, list(stored[name].size), list(target[name].shape)) for name in target]
-    _refuse(folder, "wrong shape of", [f"{name} ({a}, here {b})" for name, a, b in shapes if a != b])
+    known = {*target, *(name + SCALE for name in scaled)}
+    _refuse(folder, "unexpected", [name for name in stored if name not in known])
+    shapes = [(name, stored[name].shape, tuple(target[name].shape)) for name in target]
+    _refuse(folder, "wrong shape of", [f"{name} ({list(a)}, here {list(b)})" for name, a, b in shapes if a != b])
     if same_dtype:
-        dtypes = [(name, stored[name].properties.dtype, target[name].dtype) for name in target]
+        dtypes = [(name, stored[name].dtype, target[name].dtype) for name in target]
         _refuse(folder, "wrong dtype of", [f"{name} ({a}, here {b})" for name, a, b in dtypes if a != b])
-    _read_tensors(folder, target)
+    if not scaled:
+        _read_tensors(folder, target)
+        return
+    for name, tensor in target.items():  # DCP reads no FP8
+        values = stored[name].read()
+        tensor.copy_(dequantise(values, stored[name + SCALE].read()) if name in scaled else values)
 
 
 # ── optimizers: state by parameter name ───────────────────────────────────────────────────────────────────────────
@@ -387,7 +434,7 @@ def _seal(folder: Path, step: int) -> None:
         _flush(path)
     sums = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / "checksums.json").write_bytes(_json(sums))
-    for path in (folder / "checksums.json", folder / "model", folder / "optimizer", folder):
+    for path in (folder / "checksums.json", *(entry for entry in folder.iterdir() if entry.is_dir()), folder):
         _flush(path)
 
 
@@ -432,6 +479,17 @@ def _run_facts(run: Path) -> dict[str, Any]:
     if version != FORMAT_VERSION:
         raise BadInput(f"{run}: has run format {version}, this program reads {FORMAT_VERSION}")
     return facts
+
+
+def _as_released(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
+    """`model` with those fields of `stored` that no weight depends on: a recipe does not know what a release says."""
+    told = {key: getattr(stored, key) for key in ("verbatim", "num_key_value_heads", "initializer_range")}
+    return model.model_copy(update=told)
+
+
+def _write_facts(run: Path, data_fingerprint: str | None, data: str | None, chats: bool) -> None:
+    facts = {"format_version": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "data": data, "chats": chats}
+    write_json(run / "run.json", facts)
 
 
 def _make_folder(path: Path) -> None:

@@ -7,7 +7,7 @@ import os
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -182,6 +182,39 @@ def chat(
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # a stray byte must not end the conversation
     run_chat(run, system, Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A released checkpoint, or what export wrote.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The run to be made of it.")],
+) -> None:
+    """Make a run of released weights: to continue training, to tune, to serve."""
+    from leanseek.hub import import_release
+
+    import_release(folder, run)
+
+
+@app.command()
+def export(
+    run: Run,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")],
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp8"] | None, typer.Option(help="Precision of the weights; as they are unless told.")
+    ] = None,
+    format: Annotated[  # the contract's name for it
+        Literal["hf", "gguf"], typer.Option(help="hf: for transformers and vLLM. gguf: for llama.cpp.")
+    ] = "hf",
+) -> None:
+    """Write a run's weights for other tools."""
+    if format == "gguf":
+        from leanseek.gguf import export_gguf
+
+        export_gguf(run, folder, dtype)
+    else:
+        from leanseek.hub import export_release
+
+        export_release(run, folder, dtype)
 
 
 bench_app = typer.Typer(help="Measured speed and cost, peers in turn.", rich_markup_mode=None)

@@ -21,7 +21,7 @@ EVERYTHING = frozenset({"everything"})
 SERVE = frozenset({"model", "ops", "parallel", "checkpoint", "hub", "data.tokenizer"})
 EVAL = frozenset({"data", "model", "ops", "serve", "checkpoint"})
 TRAIN = frozenset({"data", "model", "ops", "parallel", "checkpoint", "plan.count"})
-WEIGHTS = frozenset({"model", "parallel", "ops.fp8", "data.tokenizer"})
+WEIGHTS = frozenset({"model", "parallel", "ops.fp8", "data.tokenizer", "weightfiles"})
 
 # Beside its own room and `config`, which all may import. The longest name that fits a module is its row.
 MAY_IMPORT: dict[str, frozenset[str]] = {
@@ -33,8 +33,9 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "model": frozenset({"ops"}),
     "parallel": frozenset({"model", "ops"}),
     "checkpoint": WEIGHTS,
-    "hub": WEIGHTS,
-    "gguf": WEIGHTS,
+    "weightfiles": frozenset(),
+    "hub": WEIGHTS | {"checkpoint"},
+    "gguf": WEIGHTS | {"checkpoint", "hub"},
     "serve": SERVE,
     "eval": EVAL,
     "train": TRAIN,
@@ -191,6 +192,10 @@ OFFENCES = [
     ("train.loop", "import leanseek.eval.bpb", "not in the row of train"),
     ("train.loop", "from leanseek.plan import hardware", "not in the row of train"),
     ("checkpoint", "from leanseek.ops.loss import IGNORE", "not in the row of checkpoint"),
+    ("checkpoint", "from leanseek.hub import layout", "not in the row of checkpoint"),
+    ("weightfiles", "from leanseek.checkpoint import newest", "not in the row of weightfiles"),
+    ("hub", "from leanseek.serve.engine import LLM", "not in the row of hub"),
+    ("hub", "def f():\n    from leanseek.gguf import export_gguf", "not in the row of hub"),
     ("config", "from leanseek.data.shards import Data", "not in the row of config"),
     ("eval.bpb", "def f():\n    import leanseek.demo", "not in the row of eval"),
     ("attic.old", "", "no row of the table"),

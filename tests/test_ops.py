@@ -19,7 +19,9 @@ from leanseek.ops.experts import (
     permute,
     unpermute,
 )
+from leanseek.ops.fp8 import FP8, block_scales, dequantise, quantise, scale_shape
 from leanseek.ops.loss import IGNORE, linear_cross_entropy, token_losses
+from tests.releases import plain, quantised
 
 
 @pytest.fixture
@@ -286,3 +288,78 @@ def test_token_losses_equal_pytorchs(pieces: int, dtype: torch.dtype, generator:
     assert distance(ours, theirs) < (1e-14 if dtype == torch.float64 else 1e-6)
     assert not ours[targets == IGNORE].any()
     assert not ours.requires_grad
+
+
+# ── FP8 ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("shape", [(576, 640), (128, 128), (130, 5), (1, 300)])
+def test_fp8_blocks_equal_one_block_after_the_other(
+    shape: tuple[int, int], power_of_two: bool, generator: torch.Generator
+) -> None:
+    values = torch.randn(shape, generator=generator) * torch.logspace(-3, 3, shape[1])
+    codes, scales = quantised(values, power_of_two)
+    ours = block_scales(values, power_of_two)
+    assert ours.shape == scale_shape(*shape) == scales.shape
+    assert torch.equal(ours, scales)
+    assert torch.equal(quantise(values, ours).view(torch.uint8), codes.view(torch.uint8))
+    expected = plain({"x.weight": codes, "x.weight_scale_inv": scales})["x.weight"]
+    assert torch.equal(dequantise(codes, scales), expected)
+    assert torch.equal(dequantise(codes, scales, torch.bfloat16), expected.bfloat16())
+
+
+def test_fp8_of_v3s_ragged_matrix_has_the_published_shape() -> None:
+    assert scale_shape(576, 7168) == (5, 56)
+
+
+def test_fp8_scales_of_powers_of_two_never_overflow(generator: torch.Generator) -> None:
+    values = torch.randn(300, 300, generator=generator)
+    values[0, 0] = 448.0  # the border: scale 1 and not 2
+    values[200, 200] = 448.0001
+    scales = block_scales(values, power_of_two=True)
+    assert torch.frexp(scales).mantissa.eq(0.5).all()
+    assert (scales[0, 0], scales[1, 1]) == (1.0, 2.0)
+    codes = quantise(values, scales).float()
+    assert codes.isfinite().all()
+    assert codes.abs().max() == 448
+
+
+def test_fp8_is_off_by_at_most_half_a_step(generator: torch.Generator) -> None:
+    values = torch.randn(256, 256, generator=generator)
+    scales = block_scales(values)
+    error = (dequantise(quantise(values, scales), scales) - values).abs()
+    step = torch.maximum(values.abs() / 8, scales.repeat_interleave(128, 0).repeat_interleave(128, 1) * 2**-9)
+    assert (error <= step / 2 * 1.0001).all()  # three binary digits after the first; denormals below
+
+
+def test_fp8_every_code_has_the_value_of_its_cast() -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8).view(2, 128)
+    sound = codes[codes.float().isfinite()].view(2, 127)
+    one = torch.ones(1, 1)
+    assert torch.equal(dequantise(sound, one), sound.float())
+    assert torch.equal(dequantise(sound, one).signbit(), sound.float().signbit())
+    assert torch.equal(dequantise(codes, one).isnan(), codes.float().isnan())
+
+
+def test_fp8_of_zeros_is_zero() -> None:
+    scales = block_scales(torch.zeros(130, 130))
+    assert torch.equal(dequantise(quantise(torch.zeros(130, 130), scales), scales), torch.zeros(130, 130))
+
+
+def test_fp8_every_code_comes_back_through_bf16(generator: torch.Generator) -> None:
+    """What an export in BF16 rests on: rounding to BF16 never leads to another code, whatever the scale."""
+    codes = torch.arange(256, dtype=torch.uint8).view(FP8)
+    codes = codes[codes.float().isfinite()].repeat(128, 1)
+    for scale in torch.rand(50, generator=generator).tolist():
+        scales = torch.full(scale_shape(*codes.shape), scale * 1e-3)
+        back = quantise(dequantise(codes, scales, torch.bfloat16), scales)
+        assert torch.equal(back.view(torch.uint8), codes.view(torch.uint8))
+
+
+def test_fp8_stacks_have_blocks_of_their_own(generator: torch.Generator) -> None:
+    matrices = torch.randn(6, 70, 140, generator=generator)
+    pairs = [(quantise(m, block_scales(m)), block_scales(m)) for m in matrices]
+    stacked = torch.cat([codes for codes, _ in pairs]).view(3, 140, 140), torch.stack([scales for _, scales in pairs])
+    expected = torch.cat([dequantise(*pair) for pair in pairs]).view(3, 140, 140)
+    assert torch.equal(dequantise(*stacked), expected)

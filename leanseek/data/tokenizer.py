@@ -92,11 +92,12 @@ class Tokenizer:
         tree = json.loads(json_text)
         if (tree.get("decoder") or {}).get("type") != "ByteLevel":
             raise ValueError("not a byte-level tokenizer")
-        self._json_text, self._config, self._chat_template = json_text, config, chat_template
+        self._json_text, self._config, self.chat_template = json_text, config, chat_template
         vocabulary = tokenizers.Tokenizer.from_str(json_text).get_vocab(with_added_tokens=True)
         # A tokenizer without added tokens encodes the text: whatever the text spells, no special token can come out.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(tree | {"added_tokens": [], "post_processor": None}))
-        self._cuttable = _split_patterns(tree) == SPLITS
+        self.splits = _split_patterns(tree)
+        self._cuttable = self.splits == SPLITS
         self.special: dict[str, int] = {token["content"]: token["id"] for token in tree["added_tokens"]}
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = self._named("bos_token")
@@ -184,7 +185,7 @@ class Tokenizer:
         (folder / "tokenizer_config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
-        (folder / "chat_template.jinja").write_text(self._chat_template, encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(self.chat_template, encoding="utf-8")
 
     # ── text ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -294,7 +295,7 @@ class Tokenizer:
     def _protected(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
         """The messages with `mark` wherever their text could begin or end a special token."""
         check_messages(messages)
-        everything = json.dumps(messages, ensure_ascii=False, default=str) + self._chat_template
+        everything = json.dumps(messages, ensure_ascii=False, default=str) + self.chat_template
         mark = next((point for point in _noncharacters() if point not in everything), None)
         if mark is None:
             raise BadInput("chat: the messages use every noncharacter of Unicode, no mark is left to protect them")
@@ -339,7 +340,7 @@ class Tokenizer:
         environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[jinja2.ext.loopcontrols])
         environment.filters["tojson"] = lambda value, **options: json.dumps(value, ensure_ascii=False, **options)
         environment.globals["raise_exception"] = _refuse
-        return environment.from_string(self._chat_template)
+        return environment.from_string(self.chat_template)
 
     @cached_property
     def _edges(self) -> tuple[set[int], set[int]]:

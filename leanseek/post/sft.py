@@ -47,7 +47,7 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
             update={"train": config.train.model_copy(update={"tokens": budget(training, config)})}
         )
     with checkpoint.lock(out):
-        config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True)
+        config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True, begun_with=run)
         model, optimizers = build(config)
         checkpoint.load_model_weights(weights.model, model)  # weights and routing bias: the optimizers begin anew
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)

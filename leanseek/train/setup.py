@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config, TrainConfig
+from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import training_bytes
 from leanseek.train.cpu import ready_cpu
@@ -23,17 +24,31 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def take_up(
-    run: Path, config: Config, data_fingerprint: str, tokenizer: Path, data: Path, chats: bool = False
+    run: Path,
+    config: Config,
+    data_fingerprint: str,
+    tokenizer: Path,
+    data: Path,
+    chats: bool = False,
+    begun_with: Path | None = None,
 ) -> Config:
     """The configuration to train RUN with: the stored one where RUN is this very run, else RUN is made, with `config`.
 
-    RUN must be locked. Raises BadInput where RUN is something else, or more than this machine has.
+    RUN must be locked; it may be an import, which is trained on from its weights. Raises BadInput where RUN is
+    something else, or more than this machine has.
     """
     stored = checkpoint.check_run(run, config, data_fingerprint)
     if stored is None:
         config = config.model_copy(update={"train": settled(config.train)})
         _check_memory(config)
-        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats)
+        if checkpoint.is_import(run):
+            if not _same_tokenizer(run / "tokenizer", tokenizer):
+                kept = run / "tokenizer"
+                raise BadInput(
+                    f"{run}: an imported model keeps its tokenizer: prepare the data with --tokenizer {kept}"
+                )
+            config = config.model_copy(update={"model": checkpoint.read_run(run).model})
+        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats, begun_with)
     else:
         config = stored
         checkpoint.remember_data(run, data)
@@ -84,6 +99,11 @@ def settled(train: TrainConfig) -> TrainConfig:
         device = "cuda" if torch.cuda.is_available() else "cpu"  # mps only when asked for: nobody has run it yet
     dtype = faster_dtype(torch.device(device)) if train.dtype == "auto" else train.dtype
     return train.model_copy(update={"device": device, "dtype": dtype})
+
+
+def _same_tokenizer(a: Path, b: Path) -> bool:
+    """Whether two folders hold tokenizers that give the same ids."""
+    return Tokenizer.load(a).fingerprint == Tokenizer.load(b).fingerprint
 
 
 def _check_memory(config: Config) -> None:
