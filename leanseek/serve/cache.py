@@ -23,11 +23,12 @@ class LayerCache:
 
         Raises ValueError when the tokens do not fit.
         """
-        start, self.length = self.length, self.length + latent.shape[1]
-        _check(self.length, self.values)
-        self.values[:, start : self.length, : self.latent] = latent
-        self.values[:, start : self.length, self.latent :] = rope_key
-        seen = self.values[:, : self.length].to(latent.dtype)
+        start, end = self.length, self.length + latent.shape[1]
+        _check(end, self.values)
+        self.values[:, start:end, : self.latent] = latent
+        self.values[:, start:end, self.latent :] = rope_key
+        self.length = end
+        seen = self.values[:, :end].to(latent.dtype)
         return seen[..., : self.latent], seen[..., self.latent :]
 
 

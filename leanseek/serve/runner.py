@@ -125,9 +125,8 @@ class _Attention:
         if not self.folds:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B, H, C]
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
-        scores = torch.baddbmm(
-            self.nothing if closed is None else closed, q, seen.mT, beta=closed is not None, alpha=self.scale
-        )  # [B, H, S]
+        start, kept = (self.nothing, 0) if closed is None else (closed, 1)
+        scores = torch.baddbmm(start, q, seen.mT, beta=kept, alpha=self.scale)  # [B, H, S]
         heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, H, C]
         if not self.folds:
             heads = torch.bmm(heads.transpose(0, 1), self.w_uv).transpose(0, 1)  # [B, H, V]
