@@ -29,7 +29,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.harness import evaluate
 from leanseek.post.sft import sft
 from leanseek.serve.chat import chat
-from leanseek.serve.engine import LLM
+from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
 from leanseek.train.pretrain import assemble, pretrain
 from leanseek.train.receipt import printed, summed

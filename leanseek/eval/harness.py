@@ -16,7 +16,7 @@ from leanseek.data.read import read_texts
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import BPB, answers_bits_per_byte, answers_of, bits_per_byte
-from leanseek.serve.engine import LLM
+from leanseek.serve.llm import LLM
 
 TASKS = ("bpb",)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from leanseek.config import ModelConfig
 from leanseek.model.block import Block
 from leanseek.model.layers import Linear, RMSNorm
+from leanseek.model.mla import LatentCache
 
 
 class MTPModule(nn.Module):
@@ -29,10 +30,11 @@ class MTPModule(nn.Module):
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
+        cache: LatentCache | None = None,
     ) -> Tensor:
         """embedding of token i + k and hidden state i of the depth before, both [B, T, D] → [B, T, D].
 
         The result is normed: it goes to the head, and to the next depth, as the main model's own final state does.
         """
         x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-        return self.norm(self.block(x, rope, mask))
+        return self.norm(self.block(x, rope, mask, cache))

@@ -69,6 +69,15 @@ class Transformer(nn.Module):
             further.append(hidden)
         return further
 
+    def draft(self, hidden: Tensor, ids: Tensor, positions: Tensor, cache: LatentCache) -> Tensor:
+        """The first MTP module in generation (report §5.4.3): hidden states [B, T, D] of the tokens at `positions` [B, T]
+        and the ids [B, T] of those that follow them → [B, T, D], from which the head foretells the ones after these."""
+        assert self.embed_tokens is not None
+        embedded, module = self.embed_tokens(ids).to(self.dtype), next(iter(self.mtp.values()))
+        return module(
+            embedded, hidden, rotary(positions, self.config), attention_mask(positions, None, cached=True), cache
+        )
+
     def routers(self) -> dict[str, Router]:
         """Every router by name, those of the MTP modules included."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
@@ -95,6 +104,8 @@ def attention_mask(positions: Tensor, segments: Tensor | None, cached: bool) -> 
         if segments is not None:
             raise ValueError("segments isolate packed training rows; a cache holds one sample per row")
         keys = torch.arange(int(positions.max()) + 1, device=positions.device)
+        if len(keys) == positions.shape[1] and bool((positions == keys).all()):
+            return None  # nothing came before
         return keys <= positions[:, None, :, None]
     if segments is None:
         return None

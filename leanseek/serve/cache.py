@@ -1,77 +1,115 @@
 """The latent cache: all that MLA keeps of the tokens it has seen, C + R values per token and layer (report §2.1.1).
 
-L layers · B rows · S tokens · C kv_lora_rank · R qk_rope_head_dim. In V3 that is 61 · 576 values: 70,272 bytes
-per token in BF16.
+L layers, with that of the MTP module where it drafts · P pages of Z tokens · B rows · T new tokens of each · S tokens of
+the longest row · C kv_lora_rank · R qk_rope_head_dim. In V3 that is 61 · 576 values, 70,272 bytes per token in BF16, and
+71,424 with the MTP module's. Which page is whose is the scheduler's to say.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from leanseek.config import ModelConfig
 
-
-class LayerCache:
-    """One layer's part, a view of the whole: what `model.mla.LatentCache` asks for."""
-
-    def __init__(self, values: Tensor, latent: int) -> None:
-        self.values = values  # [B, S, C + R]
-        self.latent = latent
-        self.length = 0
-
-    def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', as views in one precision.
-
-        Raises ValueError when the tokens do not fit.
-        """
-        start, end = self.length, self.length + latent.shape[1]
-        _check(end, self.values)
-        self.values[:, start:end, : self.latent] = latent
-        self.values[:, start:end, self.latent :] = rope_key
-        self.length = end
-        seen = self.values[:, :end].to(latent.dtype)
-        return seen[..., : self.latent], seen[..., self.latent :]
+PAGE = 16  # tokens
 
 
 class Cache:
-    """Contiguous and of fixed size; `layers` goes to the model's `cache`. Rows are equally long until `ragged`."""
+    """`values` [L, 1 + P, Z, C + R]; page 0 is nobody's, padding is written there."""
 
     def __init__(
-        self, config: ModelConfig, rows: int, tokens: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+        self,
+        config: ModelConfig,
+        pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        drafts: bool = False,
+        size: int = PAGE,
     ) -> None:
-        width = config.kv_lora_rank + config.qk_rope_head_dim
-        # Zeros: where rows differ in length, a place that nobody wrote is read with weight 0, and 0 · NaN is not 0.
-        self.values = torch.zeros(config.num_hidden_layers, rows, tokens, width, dtype=dtype, device=device)
-        self.layers = [LayerCache(values, config.kv_lora_rank) for values in self.values]
-        self.lengths: Tensor | None = None  # [B] tokens of each row, once they differ
+        self.latent, self.size, self.pages = config.kv_lora_rank, size, pages
+        layers = config.num_hidden_layers + (1 if drafts else 0)
+        self.values = _zeros((layers, 1 + pages, size, self.latent + config.qk_rope_head_dim), dtype, device)
 
     @property
-    def length(self) -> int:
-        """Tokens per row that have passed through every layer; of the longest row."""
-        return min(layer.length for layer in self.layers)
+    def bytes_per_token(self) -> int:
+        layers, _, _, width = self.values.shape
+        return layers * width * self.values.itemsize
 
-    def ragged(self, lengths: Tensor) -> None:
-        """Only the first lengths[b] tokens of row b count, the rest was padding: the next one takes their place [B]."""
-        self.lengths = lengths.clone()
+    def at(self, pages: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int] | int) -> "Places":
+        """Places for the next counts[b] tokens of rows that hold starts[b] tokens on these pages."""
+        table = np.zeros((len(pages), max(map(len, pages))), dtype=np.int64)
+        for row, own in zip(table, pages, strict=True):
+            row[: len(own)] = own
+        new = np.arange(counts if isinstance(counts, int) else max(counts))
+        positions = np.asarray(starts)[:, None] + new
+        # Beyond a row's count, and beyond its pages, lies padding: it goes to page 0.
+        real = new < np.asarray(counts).reshape(-1, 1)
+        page = positions // self.size
+        real = real & (page < np.array([[len(own)] for own in pages]))
+        slots = np.take_along_axis(table, np.where(real, page, 0), axis=1) * self.size + positions % self.size
+        length = int(positions[real].max()) + 1
+        one_piece = len(pages) == 1 and all(a + 1 == b for a, b in zip(pages[0], pages[0][1:], strict=False))
+        device = self.values.device
+        return Places(
+            torch.from_numpy(np.minimum(positions, length - 1)).to(device),
+            torch.from_numpy(np.where(real, slots, 0)).to(device),
+            torch.from_numpy(table).to(device),
+            length,
+            pages[0][0] * self.size if one_piece else None,
+        )
 
-    def advance(self) -> tuple[int | Tensor, int]:
-        """Makes room for one more token in every row; where it goes, [B] if rows differ, and the longest row's length.
+    def layer(self, index: int, places: "Places") -> "LayerCache":
+        """One layer's part for one pass of the model."""
+        return LayerCache(self.values[index], self.latent, places)
 
-        Raises ValueError when rows of one length are full. Of rows that differ, one that is full stays at its last
-        place: it is done, and goes on unread beside those that are not.
-        """
-        end, capacity = self.length + 1, self.values.shape[2]
-        if self.lengths is None:
-            _check(end, self.values[0])
-            at: int | Tensor = end - 1
-        else:
-            end = min(end, capacity)
-            self.lengths = (self.lengths + 1).clamp(max=capacity)
-            at = self.lengths - 1
-        for layer in self.layers:
-            layer.length = end
-        return at, end
+    def layers(self, places: "Places") -> list["LayerCache"]:
+        return [self.layer(i, places) for i in range(len(self.values))]
 
 
-def _check(end: int, values: Tensor) -> None:
-    if end > values.shape[1]:
-        raise ValueError(f"the cache is full: {end} tokens do not fit into the {values.shape[1]} it was made for")
+@dataclass(frozen=True)
+class Places:
+    """Where the new tokens of a pass lie, and what came before them."""
+
+    positions: Tensor  # [B, T] in the row's text, below S for padding too
+    slots: Tensor  # [B, T] in the cache, counted over all pages
+    table: Tensor  # [B, N] each row's pages in order, 0 behind its last
+    length: int  # S, the new tokens included
+    start: int | None  # the first slot of the only row, where its pages follow one another
+
+    def seen(self, values: Tensor) -> Tensor:
+        """Every row's tokens in one layer's values [1 + P, Z, W] → [B, S, W]; nothing is copied where `start` is known."""
+        flat = values.flatten(0, 1)
+        if self.start is not None:
+            return flat[None, self.start : self.start + self.length]
+        rows, pages = self.table.shape
+        return values.index_select(0, self.table.flatten()).view(rows, pages * values.shape[1], -1)[:, : self.length]
+
+    def write(self, values: Tensor, new: Tensor) -> None:
+        """new [B · T, W] into one layer's values [1 + P, Z, W]."""
+        values.flatten(0, 1).index_copy_(0, self.slots.flatten(), new)
+
+
+class LayerCache:
+    """What `model.mla.LatentCache` asks for."""
+
+    def __init__(self, values: Tensor, latent: int, places: Places) -> None:
+        self.values, self.latent, self.places = values, latent, places
+
+    def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens' in the precision of these."""
+        new = torch.cat((latent, rope_key), dim=-1).flatten(0, 1)
+        self.places.write(self.values, new.to(self.values.dtype))
+        seen = self.places.seen(self.values).to(latent.dtype)
+        return seen[..., : self.latent], seen[..., self.latent :]
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
+    """Zeros, for a place that nobody wrote is read with weight 0, and 0 · NaN is not 0. On a CPU the system hands memory
+    out when it is first written, so that a large cache costs nothing until it is used."""
+    if torch.device(device).type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = int(np.prod(shape))
+    return torch.from_numpy(np.zeros(count * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

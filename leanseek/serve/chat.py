@@ -4,7 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from leanseek.serve.engine import LLM
+from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
 
 

@@ -1,317 +1,362 @@
-"""A model that talks: prompt in, text out, over the latent cache (report §2.1.1).
+"""The engine: requests in, tokens out, one step at a time for all that run.
 
-The prompt goes through the model in one pass; every further token is one step of the runner.
+A step first moves every running text on by a token (by two where the MTP module's draft holds, report §5.4.3), then
+reads the next piece of the prompts that came since. What runs, and where in the cache, the scheduler says.
+
+B rows · T new tokens of each · D hidden_size · V vocab_size.
 """
 
-import sys
+import os
 import time
-from collections.abc import Generator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from leanseek.checkpoint import load_model_weights, newest, read_run
-from leanseek.config import BadInput
+from leanseek.config import BadInput, ModelConfig
 from leanseek.data.tokenizer import Tokenizer
-from leanseek.model.layers import Linear
-from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
-from leanseek.serve.cache import Cache
+from leanseek.serve.cache import PAGE, Cache
+from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Runner
-from leanseek.serve.sampling import Sampling, sample
+from leanseek.serve.sampling import Sampling, adjust, draw
+from leanseek.serve.scheduler import Entry, Pages, Scheduler
+from leanseek.serve.writer import Writer
 
-AS_IT_IS = Sampling()
+MEMORY_SHARE = 0.25  # of the memory at hand that the cache may grow to, where nobody says
+UNLIKE = 2  # prompts are read side by side while the longest piece is not so many times the shortest
 
 
 @dataclass(frozen=True)
-class Completion:
-    """What came of a prompt.
+class TokenLogprobs:
+    """A drawn token's log-probability under the model, before anything bent it, and the likeliest in its place."""
 
-    `token_ids` are all tokens drawn, without the end of the text, and with those that a stop string cut from `text`.
-    `finish_reason`: "stop" at the model's end of text or a stop string, "length" at max_tokens or the end of the
-    context. `tokens_per_second`: tokens drawn over the seconds spent on them, the prompt's included.
+    token: int
+    logprob: float
+    top: list[tuple[int, float]]
+
+
+@dataclass
+class Metrics:
+    """Sums since the engine began."""
+
+    submitted: int = 0
+    finished: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of them, those found in the cache
+    drawn_tokens: int = 0
+    drafted: int = 0  # drafts that were verified
+    accepted: int = 0
+    steps: int = 0
+    read_seconds: float = 0.0
+    step_seconds: float = 0.0  # drafts verified in the same step included
+    draft_seconds: float = 0.0
+
+
+class Request:
+    """What became of a prompt so far; for others to look at."""
+
+    def __init__(self, prompt: list[int], sampling: Sampling, entry: Entry, writer: Writer, grammar: Grammar | None):
+        self.prompt, self.sampling, self.entry = prompt, sampling, entry
+        self.drawn: list[int] = []  # without the end of the text, and with what a stop string cut
+        self.draws = 0
+        self.logprobs: list[TokenLogprobs] = []
+        self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
+        self.draft: int | None = None  # what the MTP module thinks comes next
+        self.matcher = grammar.matcher() if grammar is not None else None
+        self._writer, self._text = writer, ""
+
+    @property
+    def cached(self) -> int:
+        """Tokens of the prompt that were found in the cache."""
+        return self.entry.found or 0
+
+    def read(self) -> str:
+        """The text that became certain since the last time: whole characters, nothing that a stop string may yet cut."""
+        text, self._text = self._text, ""
+        return text
+
+    def push(self, token: int, eos: int, most: int) -> None:
+        """Takes a drawn token."""
+        self.draws += 1
+        if token == eos:
+            self._end("stop")
+            return
+        self.drawn.append(token)
+        self.entry.tokens.append(token)
+        self._text += self._writer.push(token)
+        if self.matcher is not None:
+            self.matcher.push(token)
+        if self._writer.stopped or (self.matcher is not None and self.matcher.complete):
+            self._end("stop")
+        elif len(self.drawn) == most:
+            self._end("length")
+
+    def _end(self, reason: Literal["stop", "length"]) -> None:
+        self._text += self._writer.finish()
+        self.finish_reason = "stop" if self._writer.stopped else reason
+
+
+class Engine:
+    """Serves one model; for one thread.
+
+    max_running: texts that are stepped together. cache_tokens: places in the cache; unless told as many as all of them
+    could fill, and at most a quarter of the memory at hand. chunk: tokens of prompts read between two steps. speculate:
+    draft with the MTP module, if there is one.
+    Raises BadInput when model and tokenizer do not belong together.
     """
 
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: Literal["stop", "length"]
-    tokens_per_second: float
-
-
-Pieces = Generator[str, None, Completion]  # text as it comes; what the generator returns is the whole
-
-
-class LLM:
-    """A model with its tokenizer. Raises BadInput when the two do not belong together."""
-
-    def __init__(self, model: Transformer, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_running: int = 64,
+        cache_tokens: int | None = None,
+        chunk: int = 512,
+        speculate: bool = True,
+    ) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
-        if tokenizer.vocab_size > self.config.vocab_size:
-            raise BadInput(
-                f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {self.config.vocab_size}: "
-                "they do not belong together"
-            )
-        ends, known = (tokenizer.bos_id, tokenizer.eos_id), (self.config.bos_token_id, self.config.eos_token_id)
-        if ends != known:
-            raise BadInput(f"the tokenizer's BOS and EOS are {ends}, the model's {known}: they do not belong together")
-        self.runner = Runner(self.model)
+        _check(model.config, tokenizer)
+        for name, value in (("max_running", max_running), ("cache_tokens", cache_tokens), ("chunk", chunk)):
+            if value is not None and value < 1:
+                raise BadInput(f"{name} must be at least 1, got {value}")
+        self.device = next(model.parameters()).device
+        self.runner = Runner(model)
+        self.speculates = speculate and self.runner.mtp is not None
+        if cache_tokens is None:
+            cache_tokens = _affordable(model.config, max_running, self.runner.dtype, self.device)
+        pages = -(-cache_tokens // PAGE)
+        self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates)
+        self.scheduler = Scheduler(Pages(pages, PAGE), max_running, chunk, ahead=1 if self.speculates else 0)
+        self.requests: dict[Entry, Request] = {}  # those that have not ended
+        self.metrics = Metrics()
         # Never drawn: rows of the embedding that no token has, and tokens that cannot follow anything.
         self.closed = torch.arange(self.config.vocab_size) >= tokenizer.vocab_size
         self.closed[[number for number in (tokenizer.bos_id, tokenizer.pad_id) if number != tokenizer.eos_id]] = True
 
-    @classmethod
-    def load(cls, run: Path | str, device: str = "auto", dtype: torch.dtype | None = None) -> Self:
-        """The newest checkpoint of RUN, on `device`, computing in `dtype`, else in what it was trained in.
-
-        Raises BadInput when RUN is no run, has no whole checkpoint, or holds a tokenizer that is not the model's.
-        """
-        model = load_model(run, device, dtype)
-        # Matrices rest in the precision they are multiplied in; norms and routers compute in FP32 and stay as they are.
-        for module in model.modules():
-            if isinstance(module, (Linear, Experts, nn.Embedding)):
-                module.to(model.dtype)
-        try:
-            return cls(model, Tokenizer.load(Path(run) / "tokenizer"))
-        except BadInput as error:
-            raise BadInput(f"{run}: {error}") from None
-
-    # ── text in, text out ─────────────────────────────────────────────────────────────────────────────────────────
-
-    def generate(self, prompt: str, sampling: Sampling = AS_IT_IS) -> Completion:
-        """Continue a text. Raises BadInput, as all four do, for a prompt that cannot be served."""
-        return _drain(self.stream(prompt, sampling))
-
-    def stream(self, prompt: str, sampling: Sampling = AS_IT_IS) -> Pieces:
-        """`generate`, the text in pieces as they come: never half a character, never what a stop string may cut."""
-        return self._begin([self.tokenizer.bos_id, *self.tokenizer.encode(prompt)], sampling)
-
-    def chat(self, messages: list[dict[str, Any]], sampling: Sampling = AS_IT_IS) -> Completion:
-        """The assistant's answer to [{"role": …, "content": …}, …] through the chat template."""
-        return _drain(self.stream_chat(messages, sampling))
-
-    def stream_chat(self, messages: list[dict[str, Any]], sampling: Sampling = AS_IT_IS) -> Pieces:
-        """`chat`, in pieces as they come."""
-        return self._begin(self.tokenizer.encode_chat(messages), sampling)
-
-    def generate_many(self, prompts: list[str], sampling: Sampling = AS_IT_IS) -> list[Completion]:
-        """`generate` for several prompts side by side, each as it would be alone; the rate is that of all together."""
-        return self._run_many([[self.tokenizer.bos_id, *ids] for ids in self.tokenizer.encode_batch(prompts)], sampling)
-
-    def chat_many(self, chats: list[list[dict[str, Any]]], sampling: Sampling = AS_IT_IS) -> list[Completion]:
-        """`chat` for several conversations side by side."""
-        return self._run_many([self.tokenizer.encode_chat(messages) for messages in chats], sampling)
-
-    # ── the engine ────────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _begin(self, prompt: list[int], sampling: Sampling) -> Pieces:
-        """Checks now and generates later: a mistake shows at the call, not at the first piece."""
-        self._check_length(prompt)
-        return self._run(prompt, sampling)
-
-    def _check_length(self, prompt: list[int]) -> None:
-        context = self.config.max_position_embeddings
-        if len(prompt) > context:
-            raise BadInput(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
-
-    @torch.inference_mode()
-    def _run_many(self, prompts: list[list[int]], sampling: Sampling) -> list[Completion]:
-        """All rows step together, each at its own position, until the last is done."""
-        for prompt in prompts:
-            self._check_length(prompt)
-        device = next(self.model.parameters()).device
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        context = self.config.max_position_embeddings
-        most = [min(sampling.max_tokens, context - len(prompt) + 1) for prompt in prompts]
-        longest = int(lengths.max())
-        capacity = max(len(prompt) + new - 1 for prompt, new in zip(prompts, most, strict=True))
-        cache = Cache(self.config, len(prompts), capacity, self.runner.dtype, device)
-        generators = [torch.Generator().manual_seed(sampling.seed) for _ in prompts]
-        drawn: list[list[int]] = [[] for _ in prompts]
-        reasons: list[Literal["stop", "length"] | None] = [None] * len(prompts)
-        began, draws = time.perf_counter(), 0
-        # Padding is on the right, where causal attention cannot see it; later tokens take its place in the cache.
-        padded = torch.tensor([[*prompt, *[0] * (longest - len(prompt))] for prompt in prompts], device=device)
-        hidden = self.model(padded, torch.arange(longest, device=device).expand_as(padded), cache=cache.layers)
-        hidden = hidden[torch.arange(len(prompts), device=device), lengths - 1]  # [B, D]
-        cache.ragged(lengths)
-        assert self.model.lm_head is not None
-        logits = self.model.lm_head(hidden)
-        writers = [Writer(self.tokenizer, sampling.stop) for _ in prompts]
-        said = [""] * len(prompts)
-        while True:
-            tokens = self._draw(logits, sampling, generators)
-            for row, token in enumerate(tokens):
-                if reasons[row] is not None:
-                    continue
-                draws += 1
-                if token == self.tokenizer.eos_id:
-                    reasons[row] = "stop"
-                    continue
-                drawn[row].append(token)
-                said[row] += writers[row].push(token)
-                if writers[row].stopped:
-                    reasons[row] = "stop"
-                elif len(drawn[row]) == most[row]:
-                    reasons[row] = "length"
-            if all(reasons):
-                break
-            # A row that is done goes on behind its own end, unread.
-            logits = self.runner.step(torch.tensor(tokens, device=device), cache)
-        rate = draws / (time.perf_counter() - began)
-        completions = []
-        for text, writer, ids, prompt, reason in zip(said, writers, drawn, prompts, reasons, strict=True):
-            assert reason is not None
-            text += writer.finish()
-            completions.append(Completion(text, ids, len(prompt), "stop" if writer.stopped else reason, rate))
-        return completions
-
-    def _draw(self, logits: Tensor, sampling: Sampling, generators: list[torch.Generator]) -> list[int]:
-        """logits [B, V] → a token for each row, each from its own source of chance."""
-        logits = logits.float().cpu().masked_fill_(self.closed, float("-inf"))
-        if sampling.temperature == 0:
-            return logits.argmax(dim=-1).tolist()
-        return [int(sample(row, sampling, generator)) for row, generator in zip(logits, generators, strict=True)]
-
-    def _run(self, prompt: list[int], sampling: Sampling) -> Pieces:
-        # The last token of all is drawn but never read, so it needs no position.
-        most = min(sampling.max_tokens, self.config.max_position_embeddings - len(prompt) + 1)
-        device = next(self.model.parameters()).device
-        cache = Cache(self.config, 1, len(prompt) + most - 1, self.runner.dtype, device)
-        generator = torch.Generator().manual_seed(sampling.seed)
-        writer = Writer(self.tokenizer, sampling.stop)
-        drawn: list[int] = []
-        said: list[str] = []
-        reason: Literal["stop", "length"] = "length"
-        seconds, draws = 0.0, 0
-        unread = prompt
-        while draws < most:
-            began = time.perf_counter()
-            token = int(sample(self._logits(unread, cache), sampling, generator))
-            seconds += time.perf_counter() - began
-            draws += 1
-            if token == self.tokenizer.eos_id:
-                reason = "stop"
-                break
-            drawn.append(token)
-            unread = [token]
-            if piece := writer.push(token):
-                said.append(piece)
-                yield piece
-            if writer.stopped:
-                break
-        if piece := writer.finish():
-            said.append(piece)
-            yield piece
-        if writer.stopped:
-            reason = "stop"
-        return Completion("".join(said), drawn, len(prompt), reason, draws / seconds)
-
-    @torch.inference_mode()
-    def _logits(self, ids: list[int], cache: Cache) -> Tensor:
-        """The next token's logits [V] after `ids`, which continue what the cache holds.
-
-        They come to the CPU, so that a seed means the same draws on every device.
-        """
-        device = cache.values.device
-        if cache.length and len(ids) == 1:
-            logits = self.runner.step(torch.tensor(ids, device=device), cache)[0]
-        else:
-            positions = torch.arange(cache.length, cache.length + len(ids), device=device)[None]
-            hidden = self.model(torch.tensor([ids], device=device), positions, cache=cache.layers)  # [1, T, D]
-            assert self.model.lm_head is not None
-            logits = self.model.lm_head(hidden[0, -1])
-        return logits.float().cpu().masked_fill_(self.closed, float("-inf"))
-
-
-class Writer:
-    """Tokens to text that may be shown: whole characters, and nothing that a stop string may yet cut."""
-
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
-        self.decoder, self.held = tokenizer.decode_stream(), StopStrings(stop)
+    @cached_property
+    def grammars(self) -> Grammars:
+        """Raises BadInput where llguidance is not installed."""
+        return Grammars(self.tokenizer)
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string ended the text."""
-        return self.held.found
+    def busy(self) -> bool:
+        """Whether `step` has anything to do."""
+        return bool(self.requests)
 
-    def push(self, token: int) -> str:
-        return self.held.push(self.decoder.push(token))
+    def submit(self, prompt: list[int], sampling: Sampling, grammar: Grammar | None = None) -> Request:
+        """Queues a prompt of token ids. Raises BadInput for one that cannot be served."""
+        context, room = self.config.max_position_embeddings, self.cache.pages * self.cache.size
+        if not prompt:
+            raise BadInput("the prompt is empty")
+        if len(prompt) > context:
+            raise BadInput(f"the prompt has {len(prompt)} tokens, the model's context holds {context}: shorten it")
+        for token, _ in sampling.logit_bias:
+            if token >= self.tokenizer.vocab_size:
+                raise BadInput(f"logit_bias: there is no token {token}, the last is {self.tokenizer.vocab_size - 1}")
+        # The last token of all is drawn but never read, so it needs no place.
+        places = context if sampling.max_tokens is None else min(len(prompt) + sampling.max_tokens - 1, context)
+        if sampling.max_tokens is None:
+            places = max(min(places, room), len(prompt))
+        if places > room:
+            raise BadInput(f"prompt and max_tokens are {places} tokens together, the cache holds {room}: ask for fewer")
+        request = Request(
+            list(prompt), sampling, Entry(list(prompt), places), Writer(self.tokenizer, sampling.stop), grammar
+        )
+        self.scheduler.add(request.entry)
+        self.requests[request.entry] = request
+        self.metrics.submitted += 1
+        self.metrics.prompt_tokens += len(prompt)
+        return request
 
-    def finish(self) -> str:
-        """What is left when no more tokens come."""
-        return "" if self.stopped else self.held.push(self.decoder.finish()) + self.held.finish()
+    def cancel(self, request: Request) -> None:
+        """Ends a request, wherever it is; its pages are free at once. Nothing happens to one that has ended."""
+        if request.entry in self.requests:
+            self._forget(request)
+            request.finish_reason = "cancelled"
+            self.metrics.cancelled += 1
+
+    @torch.inference_mode()
+    def step(self) -> list[Request]:
+        """Moves on everything that runs; the requests to which something came."""
+        plan = self.scheduler.plan()
+        self.metrics.steps += 1
+        moved = [self.requests[entry] for entry in plan.steps]
+        if moved:
+            self._advance(moved)
+        for group in _alike(plan.reads):
+            moved.extend(self._read(group))
+        for request in moved:
+            if request.finish_reason is not None:
+                self._forget(request)
+                self.metrics.finished += 1
+        return moved
+
+    def take_over(self, weights: Mapping[str, Tensor]) -> None:
+        """Goes on with other weights, by the names of the model's `state_dict`; texts under way are read again with them.
+
+        Raises BadInput, and changes nothing, where names or shapes are not the model's.
+        """
+        own = self.model.state_dict()
+        wrong = sorted(own.keys() ^ weights.keys()) or [n for n in own if own[n].shape != weights[n].shape]
+        if wrong:
+            raise BadInput(f"these weights are another model's: {wrong[0]} is not in both, or of another shape")
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(weights[name])
+        self.runner = Runner(self.model)
+        self.cache.values.zero_()
+        self.scheduler.start_over()
+
+    # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _advance(self, requests: list[Request]) -> None:
+        """Reads every text's newest token and, behind it, its draft; draws what follows the first, and what follows the
+        draft where that was right."""
+        began = time.perf_counter()
+        entries = [request.entry for request in requests]
+        drafts = [request.draft for request in requests]
+        new = 2 if any(draft is not None for draft in drafts) else 1
+        ids = [[entry.tokens[-1], draft or 0][:new] for entry, draft in zip(entries, drafts, strict=True)]
+        places = self.cache.at([entry.pages for entry in entries], [entry.read for entry in entries], new)
+        hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, places)  # [B, T, D]
+        logits = self.runner.logits(hidden.flatten(0, 1)).unflatten(0, (-1, new))  # [B, T, V]
+        followed: list[list[int]] = [[] for _ in requests]  # what was drawn, by row
+        going = list(range(len(requests)))
+        for t in range(new):
+            told = logits[:, t] if len(going) == len(requests) else logits[going, t]
+            tokens = self.choose(told, [requests[row] for row in going])
+            right = []
+            for row, token in zip(going, tokens, strict=True):
+                self._push(requests[row], token)
+                followed[row].append(token)
+                if token == drafts[row] and requests[row].finish_reason is None:
+                    right.append(row)
+            going = right
+            if not going:
+                break
+        for entry, tokens in zip(entries, followed, strict=True):
+            self.scheduler.has_read(entry, len(tokens))
+        self.metrics.drafted += sum(draft is not None for draft in drafts)
+        self.metrics.accepted += sum(len(tokens) - 1 for tokens in followed)
+        ended = time.perf_counter()
+        self.metrics.step_seconds += ended - began
+        if self.speculates:
+            # A draft that was wrong leaves a place whose token is not known yet: it is filled when that is read.
+            following = torch.tensor([tokens + [0] * (new - len(tokens)) for tokens in followed], device=self.device)
+            hidden = self.runner.draft(hidden, following, self.cache, places)
+            self._draft(requests, hidden, [len(tokens) - 1 for tokens in followed])
+            self.metrics.draft_seconds += time.perf_counter() - ended
+
+    def _read(self, group: list[tuple[Entry, int]]) -> list[Request]:
+        """Reads a piece of each prompt; where it was the last one, draws the first token. The requests that got one."""
+        began = time.perf_counter()
+        entries, counts = [entry for entry, _ in group], [count for _, count in group]
+        longest, starts = max(counts), [entry.read for entry in entries]
+        places = self.cache.at([entry.pages for entry in entries], starts, counts)
+        layers = self.cache.layers(places)
+        hidden = self.model(self._ids(group, starts, longest), places.positions, cache=layers)  # [B, T, D]
+        for entry, count in group:
+            self.scheduler.has_read(entry, count)
+        requests = [self.requests[entry] for entry in entries]
+        done = [row for row, entry in enumerate(entries) if not entry.unread]
+        if done:
+            logits = self.runner.logits(hidden[done, [counts[row] - 1 for row in done]].to(self.runner.dtype))
+            for row, token in zip(done, self.choose(logits, [requests[row] for row in done]), strict=True):
+                self._push(requests[row], token)
+        if self.speculates:
+            following = self._ids(group, [start + 1 for start in starts], longest)
+            hidden = self.model.draft(hidden, following, places.positions, layers[-1])
+            last = [counts[row] - 1 for row in done]
+            self._draft([requests[row] for row in done], hidden[done].to(self.runner.dtype), last)
+        self.metrics.read_seconds += time.perf_counter() - began
+        return [requests[row] for row in done]
+
+    def _ids(self, group: Iterable[tuple[Entry, int]], starts: Sequence[int], longest: int) -> Tensor:
+        """count tokens of each from its start on, 0 where there are none [B, longest]."""
+        rows = [entry.tokens[start : start + count] for (entry, count), start in zip(group, starts, strict=True)]
+        return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
+
+    def _draft(self, requests: list[Request], hidden: Tensor, last: list[int]) -> None:
+        """From the MTP module's hidden states [B, T, D], at the place `last` of each row, what comes next in every text."""
+        rows = [row for row, request in enumerate(requests) if request.finish_reason is None]
+        if rows:
+            logits = self.runner.logits(hidden[rows, [last[row] for row in rows]])
+            drawing = [requests[row] for row in rows]
+            for request, token in zip(drawing, self.choose(logits, drawing, tell=False), strict=True):
+                request.draft = token
+
+    def choose(self, logits: Tensor, requests: Sequence[Request], tell: bool = True) -> list[int]:
+        """logits [B, V] → the next token of each text; `tell` the log-probabilities to those who asked for them."""
+        samplings = [request.sampling for request in requests]
+        plain = not any(s.temperature or s.adjusts or s.logprobs is not None for s in samplings)
+        if plain and all(request.matcher is None for request in requests):
+            return logits.masked_fill(self.closed.to(logits.device), float("-inf")).argmax(dim=-1).tolist()
+        # On the CPU, so that a seed means the same draws on every device.
+        logits = logits.float().cpu().masked_fill(self.closed, float("-inf"))
+        bent = logits.clone()
+        for row, request in zip(bent, requests, strict=True):
+            if request.sampling.adjusts:
+                adjust(row, request.sampling, request.prompt, request.drawn)
+            if request.matcher is not None:
+                row[: self.tokenizer.vocab_size].masked_fill_(~request.matcher.open_tokens(), float("-inf"))
+        tokens = draw(bent, samplings, [len(request.entry.tokens) for request in requests])
+        if tell:
+            for row, request, token in zip(logits, requests, tokens, strict=True):
+                if request.sampling.logprobs is not None:
+                    request.logprobs.append(_told(row, token, request.sampling.logprobs))
+        return tokens
+
+    def _forget(self, request: Request) -> None:
+        del self.requests[request.entry]
+        self.scheduler.remove(request.entry)
+        self.metrics.cached_tokens += request.cached
+
+    def _push(self, request: Request, token: int) -> None:
+        most = request.entry.limit + 1 - len(request.prompt)
+        request.push(token, self.tokenizer.eos_id, most)
+        self.metrics.drawn_tokens += 1
 
 
-class StopStrings:
-    """Passes text on but for the end that may yet become a stop string; the first to be complete cuts it there.
-
-    The result does not depend on how the text came in pieces.
-    """
-
-    def __init__(self, stop: tuple[str, ...]) -> None:
-        self.stop = stop
-        self.pending = ""
-        self.found = False
-
-    def push(self, text: str) -> str:
-        """The text that is now certain; nothing more once a stop string was `found`."""
-        if self.found:
-            return ""
-        self.pending += text
-        starts = [(self.pending.find(stop), len(stop)) for stop in self.stop]
-        complete = [(start + length, start) for start, length in starts if start >= 0]
-        if complete:
-            self.found = True
-            return self._release(min(complete)[1])
-        return self._release(len(self.pending) - max((_overlap(self.pending, stop) for stop in self.stop), default=0))
-
-    def finish(self) -> str:
-        """What was held back, when no more text comes."""
-        return "" if self.found else self._release(len(self.pending))
-
-    def _release(self, count: int) -> str:
-        text, self.pending = self.pending[:count], self.pending[count:]
-        return text
+def _told(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    chances = logits.log_softmax(dim=-1)
+    top = chances.topk(count)
+    return TokenLogprobs(
+        token, chances[token].item(), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    )
 
 
-def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
-    """The newest checkpoint of RUN as a model, weights as they are stored. Raises BadInput."""
-    run = Path(run)
-    config = read_run(run)
-    place = _device(device)
-    checkpoint = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
-    if checkpoint is None:
-        raise BadInput(f"{run}: has no checkpoint yet: train it first")
-    if dtype is None:
-        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    model = Transformer(config.model, dtype)
-    load_model_weights(checkpoint.model, model)
-    return model.to(place)
+def _alike(reads: list[tuple[Entry, int]]) -> list[list[tuple[Entry, int]]]:
+    """Pieces of about one length are read side by side; the padding is less than there are tokens."""
+    groups: list[list[tuple[Entry, int]]] = []
+    for entry, count in sorted(reads, key=lambda read: -read[1]):
+        if groups and groups[-1][0][1] < UNLIKE * count:
+            groups[-1].append((entry, count))
+        else:
+            groups.append([(entry, count)])
+    return groups
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda", "mps"):
-        raise BadInput(f"device must be auto, cpu, cuda or mps, got {name!r}")
-    if name != "cpu" and not getattr(torch, name).is_available():
-        raise BadInput(f"device {name!r}: there is no such device here")
-    return torch.device(name)
+def _check(config: ModelConfig, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise BadInput(
+            f"the tokenizer has {tokenizer.vocab_size} ids, the model's vocab_size is {config.vocab_size}: "
+            "they do not belong together"
+        )
+    ends, known = (tokenizer.bos_id, tokenizer.eos_id), (config.bos_token_id, config.eos_token_id)
+    if ends != known:
+        raise BadInput(f"the tokenizer's BOS and EOS are {ends}, the model's {known}: they do not belong together")
 
 
-def _drain(pieces: Pieces) -> Completion:
-    while True:
-        try:
-            next(pieces)
-        except StopIteration as end:
-            completion: Completion = end.value
-            return completion
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+def _affordable(config: ModelConfig, max_running: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Tokens of cache for `max_running` whole contexts, or for a share of the memory at hand if that is less."""
+    if device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0]
+    else:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    token = (config.num_hidden_layers + 1) * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+    return max(min(max_running * config.max_position_embeddings, int(memory * MEMORY_SHARE) // token), PAGE)

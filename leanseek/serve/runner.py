@@ -5,8 +5,11 @@ operations, not into them. So matrices that read the same vector are joined, pro
 before, each matrix rests in the layout in which it is multiplied fastest, and between them everything is FP32, without
 casts. `model.transformer.Transformer` over the same cache is the slow twin that it must agree with.
 
-B rows · S tokens in the cache · D hidden_size · H heads · N, R, V widths of a head · C kv_lora_rank · E experts.
+B rows · T new tokens of each, drafts behind the newest · S tokens of the longest row · D hidden_size · H heads · N, R, V
+widths of a head · C kv_lora_rank · E experts.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +19,10 @@ from leanseek.model.block import Block
 from leanseek.model.layers import RMSNorm, SwiGLU
 from leanseek.model.mla import MLA
 from leanseek.model.moe import MoE
+from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import rotary
 from leanseek.model.transformer import Transformer
-from leanseek.serve.cache import Cache
+from leanseek.serve.cache import Cache, Places
 
 SMALL = (
     1 << 19
@@ -34,30 +38,58 @@ class Runner:
         assert model.embed_tokens is not None
         assert model.norm is not None
         assert model.lm_head is not None
-        self.embedding = model.embed_tokens.weight.detach()
+        self.embedding, self.heads = model.embed_tokens.weight.detach(), model.config.num_attention_heads
         self.dtype = between(self.embedding.device, model.dtype)  # of activations, and of the cache
         self.layers = [_Layer(block, model.dtype) for block in model.layers.values() if isinstance(block, Block)]
         self.norm = _Norm(model.norm, self.dtype)
         self.head = _Matrix(model.lm_head.weight, model.dtype)
+        modules = [module for module in model.mtp.values() if isinstance(module, MTPModule)]
+        self.mtp = _MTP(modules[0], model.dtype) if modules else None
         positions = torch.arange(model.config.max_position_embeddings, device=self.embedding.device)[None]
         self.turns = torch.complex(*rotary(positions, model.config))[0]  # [S, R/2], each pair's at each position
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """The next token of every row [B], which goes into the cache → logits [B, V] of the one after it.
+    def step(self, tokens: Tensor, cache: Cache, places: Places) -> Tensor:
+        """The next tokens of every row [B, T], which go into the cache → final hidden states [B, T, D]."""
+        x, now = F.embedding(tokens.flatten(), self.embedding).to(self.dtype), self._now(places)
+        for layer, values in zip(self.layers, cache.values, strict=False):
+            x = layer(x, values, now)
+        return self.norm(x).view(*tokens.shape, -1)
 
-        Raises ValueError when the cache is full.
-        """
-        at, end = cache.advance()
-        turns = self.turns[at]  # [R/2], or [B, R/2] where rows differ in length
-        closed = None
-        if isinstance(at, Tensor):
-            closed = torch.zeros(len(at), 1, end, dtype=self.dtype, device=at.device)
-            closed.masked_fill_(torch.arange(end, device=at.device) > at[:, None, None], float("-inf"))
-        x = F.embedding(tokens, self.embedding).to(self.dtype)
-        for layer, values in zip(self.layers, cache.values, strict=True):
-            x = layer(x, values[:, :end], at, turns, closed)
-        return self.head(self.norm(x))
+    @torch.inference_mode()
+    def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache, places: Places) -> Tensor:
+        """What the MTP module makes of `step`'s hidden states [B, T, D] and the tokens that follow [B, T] → [B, T, D]."""
+        assert self.mtp is not None
+        embedded = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
+        return self.mtp(hidden.flatten(0, 1), embedded, cache.values[-1], self._now(places)).view_as(hidden)
+
+    @torch.inference_mode()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [N, D] → [N, V]."""
+        return self.head(hidden)
+
+    def _now(self, places: Places) -> "_Now":
+        rows, new = places.positions.shape
+        if rows == new == 1:
+            return _Now(places, 1, self.turns[places.length - 1], None)
+        queries = places.positions.flatten()
+        keys = torch.arange(places.length, device=queries.device)
+        closed = torch.zeros(len(queries), places.length, dtype=self.dtype, device=queries.device)
+        closed.masked_fill_(keys > queries[:, None], float("-inf"))
+        closed = closed.view(rows, new, -1)
+        if new > 1:  # for each head of each query
+            closed = closed.repeat_interleave(self.heads, dim=1)
+        return _Now(places, rows, self.turns[queries], closed)
+
+
+@dataclass(frozen=True)
+class _Now:
+    """What all layers of a step share."""
+
+    places: Places
+    rows: int  # B
+    turns: Tensor  # [B · T, R/2], or [R/2] of a single token
+    closed: Tensor | None  # [B, 1 or T · H, S] minus infinity where a query may not look; a single token sees all
 
 
 class _Layer:
@@ -68,10 +100,25 @@ class _Layer:
         self.before_mlp = _Norm(block.post_attention_layernorm, activations)
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
-    def __call__(self, x: Tensor, seen: Tensor, at: Tensor | int, turns: Tensor, closed: Tensor | None) -> Tensor:
-        """x [B, D], seen the layer's part of the cache, the new token's place included [B, S, C + R] → [B, D]."""
-        x = self.attention(x, self.before_attention(x), seen, at, turns, closed)
+    def __call__(self, x: Tensor, values: Tensor, now: _Now) -> Tensor:
+        """x [B · T, D], values the layer's part of the cache [1 + P, Z, C + R] → [B · T, D]."""
+        x = self.attention(x, self.before_attention(x), values, now)
         return self.mlp(x, self.before_mlp(x))
+
+
+class _MTP:
+    """The first MTP module: one layer between a join and a norm (report §2.2)."""
+
+    def __init__(self, module: MTPModule, dtype: torch.dtype) -> None:
+        activations = between(module.eh_proj.weight.device, dtype)
+        self.enorm, self.hnorm = _Norm(module.enorm, activations), _Norm(module.hnorm, activations)
+        self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype)
+        self.norm = _Norm(module.norm, activations)
+
+    def __call__(self, hidden: Tensor, embedded: Tensor, values: Tensor, now: _Now) -> Tensor:
+        """hidden, embedded [B · T, D] → [B · T, D]."""
+        x = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
+        return self.norm(self.layer(x, values, now))
 
 
 class _Attention:
@@ -105,32 +152,27 @@ class _Attention:
         self.out = _Matrix(out, dtype)
         self.nothing = torch.zeros((), dtype=activations, device=device)
 
-    def __call__(
-        self, x: Tensor, normed: Tensor, seen: Tensor, at: Tensor | int, turns: Tensor, closed: Tensor | None
-    ) -> Tensor:
-        """x + attention(normed), both [B, D]; the new token's latent and key are written to its place in `seen`."""
-        rows = x.shape[0]
+    def __call__(self, x: Tensor, normed: Tensor, values: Tensor, now: _Now) -> Tensor:
+        """x + attention(normed), both [B · T, D]; the new tokens' latents and keys go to their places in `values`."""
+        n = x.shape[0]
         q, latent, key = self.down(normed).split([self.first, self.latent, self.rope], dim=-1)
         if self.query_norm is not None and self.query_up is not None:
             q = self.query_up(self.query_norm(q))
-        q = q.view(rows, self.heads, -1)
-        turn(key, turns)
-        if isinstance(at, int):
-            seen[:, at, : self.latent] = self.latent_norm(latent)
-            seen[:, at, self.latent :] = key
-            turn(q[..., -self.rope :], turns)
-        else:
-            seen[torch.arange(rows, device=x.device), at] = torch.cat((self.latent_norm(latent), key), dim=-1)
-            turn(q[..., -self.rope :], turns[:, None])
+        q = q.view(n, self.heads, -1)
+        turn(key, now.turns)
+        turn(q[..., -self.rope :], now.turns if now.closed is None else now.turns[:, None])
+        now.places.write(values, torch.cat((self.latent_norm(latent), key), dim=-1))
         if not self.folds:
-            folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B, H, C]
+            folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
-        start, kept = (self.nothing, 0) if closed is None else (closed, 1)
-        scores = torch.baddbmm(start, q, seen.mT, beta=kept, alpha=self.scale)  # [B, H, S]
-        heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, H, C]
+        seen = now.places.seen(values)  # [B, S, C + R]
+        q = q.view(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
+        start, kept = (self.nothing, 0) if now.closed is None else (now.closed, 1)
+        scores = torch.baddbmm(start, q, seen.mT, beta=kept, alpha=self.scale)  # [B, T · H, S]
+        heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, T · H, C]
         if not self.folds:
-            heads = torch.bmm(heads.transpose(0, 1), self.w_uv).transpose(0, 1)  # [B, H, V]
-        return self.out.added(x, heads.reshape(rows, -1))
+            heads = torch.bmm(heads.view(n, self.heads, -1).transpose(0, 1), self.w_uv).transpose(0, 1)  # [B · T, H, V]
+        return self.out.added(x, heads.reshape(n, -1))
 
 
 class _SwiGLU:

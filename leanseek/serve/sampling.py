@@ -1,12 +1,16 @@
-"""From logits to the next token: temperature, then top-k, then top-p, then min-p, then a draw.
+"""From logits to the next token: penalties, temperature, then top-k, then top-p, then min-p, then a draw.
 
 B rows · V vocabulary. Each filter sees what the one before it left, as a distribution of its own. Filters close tokens
-with a logit of minus infinity. Everything is a pure function; chance comes from the generator given.
+with a logit of minus infinity. Everything is a pure function, chance too: it is a function of the seed and of the place
+in the text. So a text does not depend on what else is in the batch, and a place that is drawn twice, for a draft and for
+its verification, meets the same chance.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,17 +25,26 @@ class Sampling:
     top_k: only the k likeliest tokens; 0 is no limit.
     top_p: only the fewest likeliest tokens that have this probability together; 1 is no limit.
     min_p: only tokens at least this fraction as likely as the likeliest; 0 is no limit.
-    max_tokens: at most so many tokens. stop: the text ends before the first of these strings.
+    max_tokens: at most so many tokens; None is the context's end. stop: the text ends before the first of these strings.
     seed: the same seed, the same text.
+    repetition_penalty: divides the logits above 0 and multiplies those below of every token of the prompt and the text.
+    presence_penalty, frequency_penalty: taken from the logit of a token that was drawn, once and for each time.
+    logit_bias: (token, what is added to its logit), …
+    logprobs: tell the log-probability of each drawn token, and of so many of the likeliest in its place; None: neither.
     """
 
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
-    max_tokens: int = 200
+    max_tokens: int | None = 200
     stop: tuple[str, ...] = ()
     seed: int = 0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
@@ -42,23 +55,72 @@ class Sampling:
             raise BadInput(f"top_p must be above 0 and at most 1, got {self.top_p}")
         if not 0 <= self.min_p <= 1:
             raise BadInput(f"min_p must be between 0 and 1, got {self.min_p}")
-        if self.max_tokens < 1:
+        if self.max_tokens is not None and self.max_tokens < 1:
             raise BadInput(f"max_tokens must be at least 1, got {self.max_tokens}")
         if isinstance(self.stop, str) or "" in self.stop:
             raise BadInput("stop takes strings that are not empty: an empty one would stop everything")
         if not -(2**63) <= self.seed < 2**63:
             raise BadInput(f"seed must be a 64-bit integer, got {self.seed}")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise BadInput(f"repetition_penalty must be a positive number, got {self.repetition_penalty}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise BadInput(f"{name} must be a number, got {getattr(self, name)}")
+        for token, bias in self.logit_bias:
+            if token < 0 or not math.isfinite(bias):
+                raise BadInput(f"logit_bias needs token ids and numbers, got {token}: {bias}")
+        if self.logprobs is not None and not 0 <= self.logprobs <= 20:
+            raise BadInput(f"logprobs must be between 0 and 20, got {self.logprobs}")
+
+    @property
+    def adjusts(self) -> bool:
+        """Whether logits are changed by what was said before, or by the bias."""
+        plain = self.repetition_penalty == 1 and self.presence_penalty == 0 and self.frequency_penalty == 0
+        return not plain or bool(self.logit_bias)
 
 
-def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Tensor:
-    """logits [V] or [B, V] → token ids [] or [B]."""
-    if sampling.temperature == 0:
-        return logits.argmax(dim=-1)
-    return torch.multinomial(probabilities(logits, sampling), 1, generator=generator).squeeze(-1)
+def draw(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[int]:
+    """logits [B, V], each row's sampling and the place of the token to be drawn in its text → B token ids.
+
+    A token is the winner of a race: each arrives after an exponential time divided by its probability. So is a draft, and
+    because both meet the same times in the same place, a draft is right whenever its distribution is about right.
+    """
+    tokens = logits.argmax(dim=-1).tolist()
+    alike: dict[Sampling, list[int]] = {}
+    for row, sampling in enumerate(samplings):
+        if sampling.temperature > 0:
+            alike.setdefault(replace(sampling, seed=0), []).append(row)
+    for sampling, rows in alike.items():
+        chances = probabilities(logits[rows], sampling)
+        times = torch.stack([race(samplings[row].seed, places[row], logits.shape[-1]) for row in rows])
+        for row, token in zip(rows, (chances / times).argmax(dim=-1).tolist(), strict=True):
+            tokens[row] = token
+    return tokens
+
+
+def race(seed: int, place: int, size: int) -> Tensor:
+    """Exponential times [V], FP64, never 0: the numbers at this place of the seed's own stream."""
+    key = np.array([seed % 2**64, place], dtype=np.uint64)
+    times = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size)
+    return torch.from_numpy(np.maximum(times, np.finfo(np.float64).tiny))
+
+
+def adjust(logits: Tensor, sampling: Sampling, prompt: Sequence[int], drawn: Sequence[int]) -> None:
+    """Penalties and bias, in place on one row [V]."""
+    if sampling.repetition_penalty != 1:
+        seen = torch.tensor(sorted({*prompt, *drawn}), dtype=torch.int64)
+        values = logits[seen]
+        factor = sampling.repetition_penalty
+        logits[seen] = torch.where(values > 0, values / factor, values * factor)
+    if (sampling.presence_penalty or sampling.frequency_penalty) and drawn:
+        tokens, counts = torch.tensor(drawn, dtype=torch.int64).unique(return_counts=True)
+        logits[tokens] -= sampling.presence_penalty + sampling.frequency_penalty * counts.to(logits.dtype)
+    for token, bias in sampling.logit_bias:
+        logits[token] += bias
 
 
 def probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution that `sample` draws from, FP64, [V] or [B, V]; the temperature must be above 0."""
+    """The distribution that `draw` draws from, FP64, [V] or [B, V]; the temperature must be above 0."""
     logits = with_temperature(logits.double(), sampling.temperature)
     logits = min_p(top_p(top_k(logits, sampling.top_k), sampling.top_p), sampling.min_p)
     return logits.softmax(dim=-1)
