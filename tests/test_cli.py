@@ -146,10 +146,10 @@ def test_chat_streams_as_the_answer_is_drawn(run: Path, monkeypatch: pytest.Monk
     """Text reaches stdout between two tokens, not only at the end."""
     from leanseek.serve import engine
 
-    out, seen, draw = io.StringIO(), [], engine.sample
+    out, seen, draw = io.StringIO(), [], engine.draw
     monkeypatch.setattr(sys, "stdout", out)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Who found the lamp?\nWhere?\n\n"))
-    monkeypatch.setattr(engine, "sample", lambda *args: seen.append(len(out.getvalue())) or draw(*args))
+    monkeypatch.setattr(engine, "draw", lambda *args: seen.append(len(out.getvalue())) or draw(*args))
     with pytest.raises(SystemExit) as end:
         main(["chat", str(run), "--max-tokens", "12"])
     assert end.value.code == 0

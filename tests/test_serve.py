@@ -18,10 +18,11 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
 from leanseek.serve import runner as runner_module
-from leanseek.serve.cache import Cache, LayerCache
-from leanseek.serve.engine import LLM, Completion, Pieces, StopStrings
-from leanseek.serve.runner import Runner, _MoE, _Wide
-from leanseek.serve.sampling import Sampling, min_p, probabilities, sample, top_k, top_p, with_temperature
+from leanseek.serve.cache import PAGE, Cache, Places
+from leanseek.serve.llm import LLM, Completion, Pieces
+from leanseek.serve.runner import Runner, _MoE, _Now, _Wide
+from leanseek.serve.sampling import Sampling, draw, min_p, probabilities, top_k, top_p, with_temperature
+from leanseek.serve.writer import StopStrings
 from tests.oracle import fill, tiny
 from tests.runs import CONTEXT, SPARE_ROWS, TEXT, make_run, model_of, tokenizer
 
@@ -61,12 +62,8 @@ class Scripted(LLM):
 
     def __init__(self, tokenizer: Tokenizer, ids: list[int]) -> None:
         super().__init__(model_of(tokenizer, max_position_embeddings=256), tokenizer)
-        self.script = iter(ids)
-
-    def _logits(self, ids: list[int], cache: Cache) -> Tensor:
-        logits = torch.full((self.config.vocab_size,), -math.inf)
-        logits[next(self.script, self.tokenizer.eos_id)] = 0.0
-        return logits
+        script = iter(ids)
+        self.engine.choose = lambda logits, requests, tell=True: [next(script, tokenizer.eos_id)]  # type: ignore[method-assign]
 
 
 def collected(pieces: Pieces) -> tuple[list[str], Completion]:
@@ -81,26 +78,34 @@ def collected(pieces: Pieces) -> tuple[list[str], Completion]:
 # ── the cache ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_cache_of_v3_takes_70272_bytes_per_token() -> None:
-    cache = Cache(read_recipe("v3").model, 2, 5, torch.bfloat16, "meta")
-    assert cache.values.nbytes == 2 * 5 * 70_272
+def test_cache_of_v3_takes_70272_bytes_per_token_and_71424_with_its_mtp_module() -> None:
+    for drafts, size in ((False, 70_272), (True, 71_424)):
+        cache = Cache(read_recipe("v3").model, 5, torch.bfloat16, "meta", drafts)
+        assert cache.bytes_per_token == size
+        assert cache.values.nbytes == (1 + 5) * PAGE * size  # page 0 is nobody's
 
 
-def test_cache_returns_what_was_appended_and_says_when_it_is_full() -> None:
+def test_cache_returns_what_was_appended_wherever_it_lies() -> None:
     config = tiny()
-    cache = Cache(config, 2, 5, torch.float32)
-    latent, key = torch.randn(2, 5, config.kv_lora_rank), torch.randn(2, 5, config.qk_rope_head_dim)
-    for first, end in ((0, 3), (3, 4), (4, 5)):
-        for layer in cache.layers:
-            assert cache.length == first
-            all_latent, all_keys = layer.append(latent[:, first:end], key[:, first:end])
-            assert torch.equal(all_latent, latent[:, :end])
-            assert torch.equal(all_keys, key[:, :end])
-    with pytest.raises(ValueError, match="cache is full: 6 tokens do not fit into the 5"):
-        cache.layers[0].append(latent[:, :1], key[:, :1])
-    with pytest.raises(ValueError, match="cache is full: 6 tokens do not fit into the 5"):
-        cache.advance()
-    assert cache.length == 5, "what was refused has left a trace"
+    latent, key = torch.randn(2, 45, config.kv_lora_rank), torch.randn(2, 45, config.qk_rope_head_dim)
+    for pages in ([[1, 2, 3], [4, 5, 6]], [[5, 1, 4], [2, 6, 3]]):
+        for rows in ([0, 1], [0], [1]):
+            cache = Cache(config, 6, torch.float32)
+            for first, end in ((0, 3), (3, 4), (4, 45)):
+                places = cache.at([pages[row] for row in rows], [first] * len(rows), end - first)
+                for layer in cache.layers(places):
+                    all_latent, all_keys = layer.append(latent[rows, first:end], key[rows, first:end])
+                    assert torch.equal(all_latent, latent[rows, :end])
+                    assert torch.equal(all_keys, key[rows, :end])
+
+
+def test_padding_touches_nobodys_page() -> None:
+    cache = Cache(tiny(), 4, torch.float32)
+    places = cache.at([[1, 2], [3]], [14, 3], [4, 2])  # two tokens of padding in the second row
+    assert places.positions.tolist() == [[14, 15, 16, 17], [3, 4, 5, 6]]
+    assert places.slots.tolist() == [[30, 31, 32, 33], [51, 52, 0, 0]]
+    assert places.length == 18
+    assert cache.at([[4]], [15], 2).slots.tolist() == [[79, 0]]  # a draft behind the last page
 
 
 # ── greedy: cache against recomputation ───────────────────────────────────────────────────────────────────────────
@@ -138,8 +143,8 @@ def test_greedy_over_the_cache_equals_recomputation(shape: str, vocabulary: Toke
 
 
 def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = LayerCache.append
-    monkeypatch.setattr(LayerCache, "append", lambda self, latent, key: whole(self, latent, key.roll(1, dims=-1)))
+    whole = Places.write
+    monkeypatch.setattr(Places, "write", lambda self, values, new: whole(self, values, new.roll(1, dims=-1)))
     llm = LLM(model_of(vocabulary), vocabulary)
     ids = [vocabulary.bos_id, *vocabulary.encode("the fox said")]
     assert llm.generate("the fox said", greedy(32)).token_ids != recomputed(llm, ids, 32)
@@ -148,19 +153,36 @@ def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypa
 # ── the runner: its slow twin is the model over the same cache ────────────────────────────────────────────────────
 
 
-def both_ways(model: Transformer, rows: int, steps: int = 6) -> tuple[Tensor, Tensor]:
-    """Logits [steps, B, V] of `steps` random tokens after a prompt of 5: the runner's and the model's."""
+def both_ways(model: Transformer, rows: int, new: int = 1, steps: int = 6) -> tuple[Tensor, Tensor]:
+    """Logits [steps, B, new, V] of random tokens after a prompt of 13, `new` at a time: the runner's and the model's.
+
+    Where there is an MTP module, its logits come behind, as if they were those of as many tokens more.
+    """
     runner, config = Runner(model.eval()), model.config
-    ids = torch.randint(config.vocab_size, (rows, 5 + steps), generator=torch.Generator().manual_seed(1))
-    caches = Cache(config, rows, 5 + steps, runner.dtype), Cache(config, rows, 5 + steps, model.dtype)
+    tokens = 13 + steps * new
+    ids = torch.randint(config.vocab_size, (rows, tokens + 1), generator=torch.Generator().manual_seed(1))
+    count = -(-tokens // PAGE)
+    scattered = torch.randperm(rows * count, generator=torch.Generator().manual_seed(2)) + 1
+    pages = scattered.view(rows, count).tolist() if rows > 1 else [list(range(1, count + 1))]
+    drafts = bool(model.mtp)
+    caches = [Cache(config, rows * count, dtype, drafts=drafts) for dtype in (runner.dtype, model.dtype)]
     ours, theirs = [], []
     with torch.inference_mode():
         for cache in caches:
-            model(ids[:, :5], torch.arange(5).expand(rows, -1), cache=cache.layers)
-        for at in range(5, 5 + steps):
-            ours.append(runner.step(ids[:, at], caches[0]))
-            hidden = model(ids[:, at, None], torch.full((rows, 1), at), cache=caches[1].layers)
-            theirs.append(model.lm_head(hidden[:, 0]))
+            places = cache.at(pages, [0] * rows, 13)
+            hidden = model(ids[:, :13], places.positions, cache=cache.layers(places))
+            if drafts:
+                model.draft(hidden, ids[:, 1:14], places.positions, cache.layers(places)[-1])
+        for at in range(13, tokens, new):
+            now, following = ids[:, at : at + new], ids[:, at + 1 : at + new + 1]
+            places = caches[0].at(pages, [at] * rows, new)
+            hidden = runner.step(now, caches[0], places)
+            states = [hidden, runner.draft(hidden, following, caches[0], places)] if drafts else [hidden]
+            ours.append(runner.logits(torch.cat(states, dim=1).flatten(0, 1)).unflatten(0, (rows, -1)))
+            layers = caches[1].layers(places)
+            hidden = model(now, places.positions, cache=layers)
+            states = [hidden, model.draft(hidden, following, places.positions, layers[-1])] if drafts else [hidden]
+            theirs.append(model.lm_head(torch.cat(states, dim=1)))
     return torch.stack(ours).double(), torch.stack(theirs).double()
 
 
@@ -171,16 +193,17 @@ def apart(pair: tuple[Tensor, Tensor]) -> float:
 ROUTES = {"one by one": (1, 40, 4), "all of them": (3, 8, 3), "sorted": (33, 8, 3)}  # rows, experts, chosen
 
 
+@pytest.mark.parametrize("new", [1, 2], ids=["a token", "a token and its draft"])
 @pytest.mark.parametrize("small", [0, runner_module.SMALL], ids=["as it is", "products ahead"])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_runner_is_the_model(shape: str, route: str, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_runner_is_the_model(shape: str, route: str, small: int, new: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "SMALL", small)
     rows, experts, chosen = ROUTES[route]
-    size = {"n_routed_experts": experts, "num_experts_per_tok": chosen, "max_position_embeddings": 48}
+    size = {"n_routed_experts": experts, "num_experts_per_tok": chosen, "max_position_embeddings": 64}
     model = Transformer(tiny(**(SHAPES[shape] | size)), torch.float64).double()
     fill(model)
-    assert apart(both_ways(model, rows)) < 1e-6  # angles are FP32 on both sides, everything else FP64
+    assert apart(both_ways(model, rows, new)) < 1e-6  # angles are FP32 on both sides, everything else FP64
 
 
 def test_ways_through_the_experts_are_the_ones_meant(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,28 +228,30 @@ FAULTS = {
     "positions one off": lambda: (
         Runner,
         "step",
-        lambda whole: lambda self, tokens, cache: _late(self, tokens, cache, whole),
+        lambda whole: lambda self, *rest: _late(self, whole, *rest),
     ),
     "pairs not turned": lambda: (runner_module, "turn", lambda whole: lambda x, turns: None),
-    "the token's own place not seen": lambda: (Cache, "advance", lambda whole: lambda self: _short(whole(self))),
+    "the token's own place not seen": lambda: (Runner, "_now", lambda whole: lambda *rest: _blind(whole(*rest))),
 }
 
 
-def _late(runner: Runner, tokens: Tensor, cache: Cache, whole: object) -> Tensor:
+def _late(runner: Runner, whole: object, *rest: object) -> Tensor:
     turns, runner.turns = runner.turns, runner.turns.roll(1, 0)
     try:
-        return whole(runner, tokens, cache)  # type: ignore[operator]
+        return whole(runner, *rest)  # type: ignore[operator]
     finally:
         runner.turns = turns
 
 
-def _short(advanced: tuple[int, int]) -> tuple[int, int]:
-    return advanced[0] - 1, advanced[1] - 1
+def _blind(now: _Now) -> _Now:
+    closed = now.closed.clone()
+    closed[..., -1] = -math.inf
+    return replace(now, closed=closed)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_in_the_runner_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = Transformer(tiny(max_position_embeddings=48))
+    model = Transformer(tiny(max_position_embeddings=64))
     fill(model)
     assert apart(both_ways(model, 2)) < 1e-4
     owner, name, changed = FAULTS[fault]()
@@ -237,7 +262,7 @@ def test_a_fault_in_the_runner_is_noticed(fault: str, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("rows", [1, 3])
 def test_packed_matrices_multiply_in_bf16(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner_module, "SMALL", 0)
-    model = Transformer(tiny(max_position_embeddings=48), torch.bfloat16)
+    model = Transformer(tiny(max_position_embeddings=64), torch.bfloat16)
     fill(model)
     assert Runner(model).head.packed
     ours, _ = both_ways(model, rows)
@@ -248,7 +273,7 @@ def test_packed_matrices_multiply_in_bf16(rows: int, monkeypatch: pytest.MonkeyP
 
 
 def test_small_matrices_rest_in_fp32() -> None:
-    model = Transformer(tiny(max_position_embeddings=48), torch.bfloat16)
+    model = Transformer(tiny(max_position_embeddings=64), torch.bfloat16)
     fill(model)
     head = Runner(model).head
     assert not head.packed
@@ -289,13 +314,13 @@ def test_many_prompts_side_by_side_say_what_each_says_alone(
     assert [replace(c, tokens_per_second=0.0) for c in together] == [replace(c, tokens_per_second=0.0) for c in alone]
 
 
-def test_padding_that_is_taken_for_text_is_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    llm = LLM(model_of(vocabulary), vocabulary)
-    prompts = ["the fox", LONG]
-    expected = llm.generate(prompts[0], greedy(9)).token_ids
-    assert llm.generate_many(prompts, greedy(9))[0].token_ids == expected
-    monkeypatch.setattr(Cache, "ragged", lambda self, lengths: None)
-    assert llm.generate_many(prompts, greedy(9))[0].token_ids != expected
+def test_rows_that_are_not_where_they_stand_are_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, whole = ["the fox slept", LONG[:30]], Cache.at
+    expected = LLM(model_of(vocabulary), vocabulary).generate(prompts[0], greedy(9)).token_ids
+    monkeypatch.setattr(
+        Cache, "at", lambda self, pages, starts, new: whole(self, pages, [max(starts)] * len(starts), new)
+    )
+    assert LLM(model_of(vocabulary), vocabulary).generate_many(prompts, greedy(9))[0].token_ids != expected
 
 
 # ── sampling ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -366,8 +391,8 @@ def test_order_is_temperature_then_top_k_then_top_p_then_min_p() -> None:
 
 
 def chi_square(logits: Tensor, drawn_with: Sampling, expected: list[float], draws: int = 20_000) -> float:
-    found = sample(logits.expand(draws, -1), drawn_with, torch.Generator().manual_seed(5))
-    counts = torch.bincount(found, minlength=len(expected)).tolist()
+    found = draw(logits.expand(draws, -1), [drawn_with] * draws, range(draws))
+    counts = torch.bincount(torch.tensor(found), minlength=len(expected)).tolist()
     assert all(chance or not count for chance, count in zip(expected, counts, strict=True)), "drew a closed token"
     return sum((n - draws * p) ** 2 / (draws * p) for n, p in zip(counts, expected, strict=True) if p)
 
@@ -387,7 +412,7 @@ def test_extreme_temperatures() -> None:
     logits = torch.tensor([1.0, 2.0, 2.0, -math.inf])
     assert with_temperature(logits.double(), 1e-300).softmax(dim=-1).tolist() == [0, 0.5, 0.5, 0]
     assert probabilities(logits, Sampling(temperature=1e300)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    assert sample(logits + torch.tensor([0, 0, 1e-3, 0]), GREEDY, torch.Generator()).item() == 2
+    assert draw((logits + torch.tensor([0, 0, 1e-3, 0]))[None], [GREEDY], [0]) == [2]
 
 
 @pytest.mark.parametrize(
@@ -402,9 +427,17 @@ def test_extreme_temperatures() -> None:
         ({"top_p": math.nan}, "top_p"),
         ({"min_p": -0.1}, "min_p must be between 0 and 1"),
         ({"min_p": 1.1}, "min_p"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty must be a positive number, got 0"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty"),
+        ({"presence_penalty": math.nan}, "presence_penalty must be a number, got nan"),
+        ({"frequency_penalty": math.inf}, "frequency_penalty must be a number"),
+        ({"logit_bias": ((-1, 2.0),)}, "logit_bias needs token ids and numbers, got -1: 2.0"),
+        ({"logit_bias": ((1, math.nan),)}, "logit_bias"),
+        ({"logprobs": -1}, "logprobs must be between 0 and 20, got -1"),
+        ({"logprobs": 21}, "logprobs"),
     ],
 )
-def test_sampling_out_of_range(values: dict[str, float], says: str) -> None:
+def test_sampling_out_of_range(values: dict[str, object], says: str) -> None:
     with pytest.raises(BadInput, match=says):
         Sampling(**values)  # type: ignore[arg-type]
 
@@ -523,8 +556,7 @@ def test_finish_reasons(vocabulary: Tokenizer) -> None:
 
 def test_context_is_used_to_its_last_position_and_no_further(llm: LLM, vocabulary: Tokenizer) -> None:
     never_ends = LLM(llm.model, vocabulary)
-    never_ends.closed = llm.closed.clone()
-    never_ends.closed[vocabulary.eos_id] = True
+    never_ends.engine.closed[vocabulary.eos_id] = True
     found = never_ends.generate("the fox", greedy(10_000))
     assert found.finish_reason == "length"
     assert found.prompt_tokens + len(found.token_ids) == CONTEXT + 1  # the last is drawn and never read

@@ -70,8 +70,11 @@ class Transformer(nn.Module):
         return further
 
     def draft(self, hidden: Tensor, ids: Tensor, positions: Tensor, cache: LatentCache) -> Tensor:
-        """The first MTP module in generation (report §5.4.3): hidden states [B, T, D] of the tokens at `positions` [B, T]
-        and the ids [B, T] of those that follow them → [B, T, D], from which the head foretells the ones after these."""
+        """The first MTP module in generation (report §5.4.3).
+
+        hidden [B, T, D] of the tokens at positions [B, T], and the ids [B, T] of those that follow them → [B, T, D],
+        from which the head foretells the ones after these.
+        """
         assert self.embed_tokens is not None
         embedded, module = self.embed_tokens(ids).to(self.dtype), next(iter(self.mtp.values()))
         return module(

@@ -1,8 +1,8 @@
 """The latent cache: all that MLA keeps of the tokens it has seen, C + R values per token and layer (report §2.1.1).
 
-L layers, with that of the MTP module where it drafts · P pages of Z tokens · B rows · T new tokens of each · S tokens of
-the longest row · C kv_lora_rank · R qk_rope_head_dim. In V3 that is 61 · 576 values, 70,272 bytes per token in BF16, and
-71,424 with the MTP module's. Which page is whose is the scheduler's to say.
+L layers, with that of the MTP module where it drafts · P pages of Z tokens · B rows · T new tokens of each · S tokens
+of the longest row · C kv_lora_rank · R qk_rope_head_dim. In V3 that is 61 · 576 values, 70,272 bytes per token in BF16,
+and 71,424 with the MTP module's. Which page is whose is the scheduler's to say.
 """
 
 from collections.abc import Sequence
@@ -80,7 +80,7 @@ class Places:
     start: int | None  # the first slot of the only row, where its pages follow one another
 
     def seen(self, values: Tensor) -> Tensor:
-        """Every row's tokens in one layer's values [1 + P, Z, W] → [B, S, W]; nothing is copied where `start` is known."""
+        """Every row's tokens in one layer's values [1 + P, Z, W] → [B, S, W], a view where `start` is known."""
         flat = values.flatten(0, 1)
         if self.start is not None:
             return flat[None, self.start : self.start + self.length]
@@ -107,8 +107,10 @@ class LayerCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str) -> Tensor:
-    """Zeros, for a place that nobody wrote is read with weight 0, and 0 · NaN is not 0. On a CPU the system hands memory
-    out when it is first written, so that a large cache costs nothing until it is used."""
+    """Zeros, for a place that nobody wrote is read with weight 0, and 0 · NaN is not 0.
+
+    On a CPU the system hands memory out when it is first written: a large cache costs nothing until it is used.
+    """
     if torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     count = int(np.prod(shape))

@@ -9,7 +9,7 @@ B rows · T new tokens of each · D hidden_size · V vocab_size.
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
@@ -76,7 +76,7 @@ class Request:
         return self.entry.found or 0
 
     def read(self) -> str:
-        """The text that became certain since the last time: whole characters, nothing that a stop string may yet cut."""
+        """The text that became certain since the last time: whole characters, nothing a stop string may yet cut."""
         text, self._text = self._text, ""
         return text
 
@@ -197,7 +197,7 @@ class Engine:
         return moved
 
     def take_over(self, weights: Mapping[str, Tensor]) -> None:
-        """Goes on with other weights, by the names of the model's `state_dict`; texts under way are read again with them.
+        """Goes on with other weights, named as in the model's `state_dict`; texts under way are read again with them.
 
         Raises BadInput, and changes nothing, where names or shapes are not the model's.
         """
@@ -282,7 +282,7 @@ class Engine:
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
 
     def _draft(self, requests: list[Request], hidden: Tensor, last: list[int]) -> None:
-        """From the MTP module's hidden states [B, T, D], at the place `last` of each row, what comes next in every text."""
+        """What comes next in every text, from the MTP module's hidden states [B, T, D] at the place `last` of each."""
         rows = [row for row, request in enumerate(requests) if request.finish_reason is None]
         if rows:
             logits = self.runner.logits(hidden[rows, [last[row] for row in rows]])

@@ -1,4 +1,4 @@
-"""Output that parses: JSON, JSON of a schema, or any grammar, by closing the tokens that could not go on (llguidance)."""
+"""Output that parses: JSON, JSON of a schema, any grammar, by closing the tokens that could not go on (llguidance)."""
 
 import json
 from collections.abc import Sequence

@@ -5,8 +5,8 @@ operations, not into them. So matrices that read the same vector are joined, pro
 before, each matrix rests in the layout in which it is multiplied fastest, and between them everything is FP32, without
 casts. `model.transformer.Transformer` over the same cache is the slow twin that it must agree with.
 
-B rows · T new tokens of each, drafts behind the newest · S tokens of the longest row · D hidden_size · H heads · N, R, V
-widths of a head · C kv_lora_rank · E experts.
+B rows · T new tokens of each, drafts behind the newest · S tokens of the longest row · D hidden_size · H heads · N, R,
+V widths of a head · C kv_lora_rank · E experts.
 """
 
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ class Runner:
 
     @torch.inference_mode()
     def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache, places: Places) -> Tensor:
-        """What the MTP module makes of `step`'s hidden states [B, T, D] and the tokens that follow [B, T] → [B, T, D]."""
+        """The MTP module over `step`'s hidden states [B, T, D] and the tokens that follow them [B, T] → [B, T, D]."""
         assert self.mtp is not None
         embedded = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
         return self.mtp(hidden.flatten(0, 1), embedded, cache.values[-1], self._now(places)).view_as(hidden)
@@ -166,7 +166,7 @@ class _Attention:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
         seen = now.places.seen(values)  # [B, S, C + R]
-        q = q.view(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
+        q = q.reshape(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
         start, kept = (self.nothing, 0) if now.closed is None else (now.closed, 1)
         scores = torch.baddbmm(start, q, seen.mT, beta=kept, alpha=self.scale)  # [B, T · H, S]
         heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, T · H, C]

@@ -2,8 +2,8 @@
 
 B rows · V vocabulary. Each filter sees what the one before it left, as a distribution of its own. Filters close tokens
 with a logit of minus infinity. Everything is a pure function, chance too: it is a function of the seed and of the place
-in the text. So a text does not depend on what else is in the batch, and a place that is drawn twice, for a draft and for
-its verification, meets the same chance.
+in the text. So a text does not depend on what else is in the batch, and a place that is drawn twice, for a draft and
+for its verification, meets the same chance.
 """
 
 import math
@@ -25,7 +25,7 @@ class Sampling:
     top_k: only the k likeliest tokens; 0 is no limit.
     top_p: only the fewest likeliest tokens that have this probability together; 1 is no limit.
     min_p: only tokens at least this fraction as likely as the likeliest; 0 is no limit.
-    max_tokens: at most so many tokens; None is the context's end. stop: the text ends before the first of these strings.
+    max_tokens: at most so many tokens; None: to the context's end. stop: ends the text before the first of these.
     seed: the same seed, the same text.
     repetition_penalty: divides the logits above 0 and multiplies those below of every token of the prompt and the text.
     presence_penalty, frequency_penalty: taken from the logit of a token that was drawn, once and for each time.
@@ -82,8 +82,8 @@ class Sampling:
 def draw(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[int]:
     """logits [B, V], each row's sampling and the place of the token to be drawn in its text → B token ids.
 
-    A token is the winner of a race: each arrives after an exponential time divided by its probability. So is a draft, and
-    because both meet the same times in the same place, a draft is right whenever its distribution is about right.
+    A token is the winner of a race: each arrives after an exponential time divided by its probability. So is a draft,
+    and because both meet the same times in the same place, a draft is right whenever its distribution is about right.
     """
     tokens = logits.argmax(dim=-1).tolist()
     alike: dict[Sampling, list[int]] = {}

@@ -1,9 +1,9 @@
 """Who runs, who waits, and on which pages of the cache: integers only, no torch.
 
-A page has room for `size` tokens of one text. Texts that begin alike share the pages that they fill alike: a full page is
-known by a hash of its tokens and of all before them, and stays findable after its last holder let go, until its room is
-needed. First come, first served: the oldest text always goes on, and when pages run out the youngest gives its own up
-and waits at the head of the queue to be read again.
+A page has room for `size` tokens of one text. Texts that begin alike share the pages that they fill alike: a full page
+is known by a hash of its tokens and of all before them, and stays findable after its last holder let go, until its room
+is needed. First come, first served: the oldest text always goes on, and when pages run out the youngest gives its own
+up and waits at the head of the queue to be read again.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Plan:
-    """One step: texts of which the next so many tokens are read, and texts whose newest token is the only unread one."""
+    """One step: texts of which so many tokens are read next, and texts whose newest token is the only unread one."""
 
     reads: list[tuple[Entry, int]]
     steps: list[Entry]
@@ -123,7 +123,7 @@ class Pages:
 
 
 class Scheduler:
-    """`running` and `waiting` are in the order of arrival. `ahead`: tokens that a step reads beside the newest, drafts."""
+    """`running` and `waiting` are in order of arrival. `ahead`: drafts that a step reads behind the newest token."""
 
     def __init__(self, pages: Pages, max_running: int, chunk: int, ahead: int = 0) -> None:
         self.pages, self.max_running, self.chunk, self.ahead = pages, max_running, chunk, ahead
