@@ -200,28 +200,23 @@ class Scheduler:
     def _admit(self) -> None:
         """Takes texts out of the queue while there is room for all that is known of them, and a page to grow for each.
 
-        One whose next page is being filled by another right now waits for that page, and lets others pass.
+        One whose next page is being filled by another right now waits for that page.
         """
         filling = {name for entry in self.running for name in self._unfilled(entry)}
-        for entry in list(self.waiting):
-            if len(self.running) >= self.max_running:
-                break
+        while self.waiting and len(self.running) < self.max_running:
+            entry = self.waiting[0]
             hashes = self._hashes(entry, (len(entry.tokens) - 1) // self.pages.size)
             pages = self.pages.find(hashes)
-            if len(pages) < len(hashes) and hashes[len(pages)] in filling:
-                self.pages.let_go(pages)
-                continue
             needed = self._pages_for(min(len(entry.tokens) + self.ahead, entry.limit)) - len(pages)
-            if needed + len(self.running) > self.pages.available:
+            comes = len(pages) < len(hashes) and hashes[len(pages)] in filling
+            if comes or needed + len(self.running) > self.pages.available:
                 self.pages.let_go(pages)
                 break
             entry.pages, entry.read = pages, len(pages) * self.pages.size
             entry.found = entry.read if entry.found is None else entry.found
             self._make_room(entry, entry.unread + self.ahead)
             filling.update(self._unfilled(entry))
-            self.waiting.remove(entry)
-            self.running.append(entry)
-            self.running.sort(key=lambda each: each.arrival)
+            self.running.append(self.waiting.popleft())
 
     def _send_back(self, entry: Entry) -> None:
         self._let_go(entry)
