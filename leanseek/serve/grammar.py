@@ -72,11 +72,12 @@ class Matcher:
         import llguidance
 
         self.matcher = llguidance.LLMatcher(grammar.vocabulary, grammar.source, log_level=0)
+        self.size = grammar.vocabulary.vocab_size
 
     def open_tokens(self) -> Tensor:
         """Which tokens may come next, bool [V of the tokenizer]; the end of the text among them once it parses."""
         bits = np.frombuffer(self.matcher.compute_bitmask(), dtype=np.uint8)
-        return torch.from_numpy(np.unpackbits(bits, bitorder="little").astype(bool))
+        return torch.from_numpy(np.unpackbits(bits, bitorder="little")[: self.size].astype(bool))
 
     def push(self, token: int) -> None:
         self.matcher.consume_token(token)
