@@ -185,7 +185,7 @@ def drafted(model: Transformer, ids: list[int], closed: Tensor) -> int:
     row, positions = torch.tensor([ids]), torch.arange(len(ids))[None]
     with torch.no_grad():
         hidden = model.predict_further(model(row, positions), row, positions)[0]
-        return int(model.lm_head(hidden[0, -1]).masked_fill(closed, -math.inf).argmax())
+        return int(model.lm_head(hidden[0, -1]).index_fill(-1, closed, -math.inf).argmax())
 
 
 @pytest.mark.parametrize("chunk", [5, 512])
@@ -235,7 +235,7 @@ def joint(model: Transformer, vocabulary: Tokenizer, prompt: list[int], sampling
             ids = torch.tensor([[*prompt, *tokens]])
             with torch.no_grad():
                 logits = model.lm_head(model(ids, torch.arange(ids.shape[1])[None])[0, -1])
-            bent = probabilities(logits.masked_fill(engine.closed, -math.inf), sampling)
+            bent = probabilities(logits.index_fill(-1, engine.closed, -math.inf), sampling)
             for token in bent.nonzero().flatten().tolist():
                 longer[(*tokens, token)] = chance * bent[token].item()
         found = longer
@@ -296,7 +296,7 @@ def _often_right(model: Transformer) -> object:
             ids = torch.tensor([request.entry.tokens for request in some])
             logits = model.lm_head(model(ids, torch.arange(length).expand_as(ids))[:, -1])
             softer = [replace(request.sampling, temperature=request.sampling.temperature * 1.5) for request in some]
-            tokens = draw(logits.masked_fill(self.closed, -math.inf), softer, [length] * len(some))
+            tokens = draw(logits.index_fill(-1, self.closed, -math.inf), softer, [length] * len(some))
             for request, token in zip(some, tokens, strict=True):
                 request.draft = token
 
@@ -339,7 +339,7 @@ def test_logprobs_are_the_models_own(sampling: Sampling, vocabulary: Tokenizer, 
     ids = torch.tensor([[*prompt, *request.drawn]])
     with torch.no_grad():
         logits = model.lm_head(model(ids, torch.arange(ids.shape[1])[None])[0])
-    chances = logits.masked_fill(engine.closed, -math.inf).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+    chances = logits.index_fill(-1, engine.closed, -math.inf).log_softmax(dim=-1)[len(prompt) - 1 : -1]
     assert [told.token for told in request.logprobs] == request.drawn
     for told, expected in zip(request.logprobs, chances, strict=True):
         assert told.logprob == pytest.approx(expected[told.token].item(), abs=1e-4)
@@ -446,7 +446,7 @@ def test_new_weights_are_taken_over_in_place(vocabulary: Tokenizer) -> None:
     ids = torch.tensor([[*prompt, *after.drawn]])
     with torch.no_grad():
         logits = other.lm_head(other(ids, torch.arange(ids.shape[1])[None])[0])
-    chances = logits.masked_fill(engine.closed, -math.inf).log_softmax(dim=-1)[len(prompt) - 1 : -1]
+    chances = logits.index_fill(-1, engine.closed, -math.inf).log_softmax(dim=-1)[len(prompt) - 1 : -1]
     for told, expected in zip(after.logprobs, chances, strict=True):
         assert told.logprob == pytest.approx(expected[told.token].item(), abs=1e-4)
 

@@ -795,7 +795,7 @@ def test_transformers_writes_the_same_greedy_text(trained: Path, exports: dict[s
         assert ids[0].tolist() == [llm.tokenizer.bos_id, *llm.tokenizer.encode(prompt)]
         for _ in range(64):
             with torch.no_grad():
-                logits = oracle(ids).logits[0, -1].masked_fill(llm.engine.closed, -torch.inf)
+                logits = oracle(ids).logits[0, -1].index_fill(-1, llm.engine.closed, -torch.inf)
             best = logits.topk(2)
             request = llm.engine.submit(ids[0].tolist(), Sampling(temperature=0, max_tokens=1))
             llm.engine.step()

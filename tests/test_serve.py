@@ -92,7 +92,7 @@ def test_cache_returns_what_was_appended_wherever_it_lies() -> None:
         for rows in ([0, 1], [0], [1]):
             cache = Cache(config, 6, torch.float32)
             for first, end in ((0, 3), (3, 4), (4, 45)):
-                places = cache.at([pages[row] for row in rows], [first] * len(rows), end - first)
+                places = cache.at([pages[row] for row in rows], [first] * len(rows), [end - first] * len(rows))
                 for layer in cache.layers(places):
                     all_latent, all_keys = layer.append(latent[rows, first:end], key[rows, first:end])
                     assert torch.equal(all_latent, latent[rows, :end])
@@ -105,7 +105,7 @@ def test_padding_touches_nobodys_page() -> None:
     assert places.positions.tolist() == [[14, 15, 16, 17], [3, 4, 5, 6]]
     assert places.slots.tolist() == [[30, 31, 32, 33], [51, 52, 0, 0]]
     assert places.length == 18
-    assert cache.at([[4]], [15], 2).slots.tolist() == [[79, 0]]  # a draft behind the last page
+    assert cache.at([[4]], [15], [2]).slots.tolist() == [[79, 0]]  # a draft behind the last page
 
 
 # ── greedy: cache against recomputation ───────────────────────────────────────────────────────────────────────────
@@ -169,13 +169,13 @@ def both_ways(model: Transformer, rows: int, new: int = 1, steps: int = 6) -> tu
     ours, theirs = [], []
     with torch.inference_mode():
         for cache in caches:
-            places = cache.at(pages, [0] * rows, 13)
+            places = cache.at(pages, [0] * rows, [13] * rows)
             hidden = model(ids[:, :13], places.positions, cache=cache.layers(places))
             if drafts:
                 model.draft(hidden, ids[:, 1:14], places.positions, cache.layers(places)[-1])
         for at in range(13, tokens, new):
             now, following = ids[:, at : at + new], ids[:, at + 1 : at + new + 1]
-            places = caches[0].at(pages, [at] * rows, new)
+            places = caches[0].at(pages, [at] * rows, [new] * rows)
             hidden = runner.step(now, caches[0], places)
             states = [hidden, runner.draft(hidden, following, caches[0], places)] if drafts else [hidden]
             ours.append(runner.logits(torch.cat(states, dim=1).flatten(0, 1)).unflatten(0, (rows, -1)))
@@ -556,7 +556,7 @@ def test_finish_reasons(vocabulary: Tokenizer) -> None:
 
 def test_context_is_used_to_its_last_position_and_no_further(llm: LLM, vocabulary: Tokenizer) -> None:
     never_ends = LLM(llm.model, vocabulary)
-    never_ends.engine.closed[vocabulary.eos_id] = True
+    never_ends.engine.closed = torch.cat((llm.engine.closed, torch.tensor([vocabulary.eos_id])))
     found = never_ends.generate("the fox", greedy(10_000))
     assert found.finish_reason == "length"
     assert found.prompt_tokens + len(found.token_ids) == CONTEXT + 1  # the last is drawn and never read

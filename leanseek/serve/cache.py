@@ -38,27 +38,29 @@ class Cache:
         layers, _, _, width = self.values.shape
         return layers * width * self.values.itemsize
 
-    def at(self, pages: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int] | int) -> "Places":
-        """Places for the next counts[b] tokens of rows that hold starts[b] tokens on these pages."""
-        table = np.zeros((len(pages), max(map(len, pages))), dtype=np.int64)
-        for row, own in zip(table, pages, strict=True):
-            row[: len(own)] = own
-        new = np.arange(counts if isinstance(counts, int) else max(counts))
-        positions = np.asarray(starts)[:, None] + new
-        # Beyond a row's count, and beyond its pages, lies padding: it goes to page 0.
-        real = new < np.asarray(counts).reshape(-1, 1)
-        page = positions // self.size
-        real = real & (page < np.array([[len(own)] for own in pages]))
-        slots = np.take_along_axis(table, np.where(real, page, 0), axis=1) * self.size + positions % self.size
-        length = int(positions[real].max()) + 1
-        one_piece = len(pages) == 1 and all(a + 1 == b for a, b in zip(pages[0], pages[0][1:], strict=False))
-        device = self.values.device
+    def at(self, pages: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]) -> "Places":
+        """Places for the next counts[b] tokens of rows that hold starts[b] tokens on these pages.
+
+        What lies beyond a row's count, or beyond its pages, is padding: it goes to page 0.
+        """
+        width, size = max(counts), self.size
+        length = max(
+            min(start + count, len(own) * size) for own, start, count in zip(pages, starts, counts, strict=True)
+        )
+        positions, slots = [], []
+        for own, start, count in zip(pages, starts, counts, strict=True):
+            end = min(start + count, len(own) * size)
+            row = [own[place // size] * size + place % size for place in range(start, end)]
+            slots.append(row + [0] * (width - len(row)))
+            positions.append([min(place, length - 1) for place in range(start, start + width)])
+        device, first, most = self.values.device, pages[0][0], max(map(len, pages))
+        one_piece = len(pages) == 1 and pages[0] == list(range(first, first + most))
         return Places(
-            torch.from_numpy(np.minimum(positions, length - 1)).to(device),
-            torch.from_numpy(np.where(real, slots, 0)).to(device),
-            torch.from_numpy(table).to(device),
+            torch.tensor(positions, device=device),
+            torch.tensor(slots, device=device),
+            torch.tensor([[*own, *[0] * (most - len(own))] for own in pages], device=device),
             length,
-            pages[0][0] * self.size if one_piece else None,
+            first * size if one_piece else None,
         )
 
     def layer(self, index: int, places: "Places") -> "LayerCache":
@@ -77,7 +79,7 @@ class Places:
     slots: Tensor  # [B, T] in the cache, counted over all pages
     table: Tensor  # [B, N] each row's pages in order, 0 behind its last
     length: int  # S, the new tokens included
-    start: int | None  # the first slot of the only row, where its pages follow one another
+    start: int | None  # the first slot of an only row whose pages follow one another
 
     def seen(self, values: Tensor) -> Tensor:
         """Every row's tokens in one layer's values [1 + P, Z, W] → [B, S, W], a view where `start` is known."""

@@ -135,8 +135,8 @@ class Engine:
         self.requests: dict[Entry, Request] = {}  # those that have not ended
         self.metrics = Metrics()
         # Never drawn: rows of the embedding that no token has, and tokens that cannot follow anything.
-        self.closed = torch.arange(self.config.vocab_size) >= tokenizer.vocab_size
-        self.closed[[number for number in (tokenizer.bos_id, tokenizer.pad_id) if number != tokenizer.eos_id]] = True
+        closed = {*range(tokenizer.vocab_size, self.config.vocab_size), tokenizer.bos_id, tokenizer.pad_id}
+        self.closed = torch.tensor(sorted(closed - {tokenizer.eos_id}), device=self.device)
 
     @cached_property
     def grammars(self) -> Grammars:
@@ -222,7 +222,9 @@ class Engine:
         drafts = [request.draft for request in requests]
         new = 2 if any(draft is not None for draft in drafts) else 1
         ids = [[entry.tokens[-1], draft or 0][:new] for entry, draft in zip(entries, drafts, strict=True)]
-        places = self.cache.at([entry.pages for entry in entries], [entry.read for entry in entries], new)
+        places = self.cache.at(
+            [entry.pages for entry in entries], [entry.read for entry in entries], [new] * len(entries)
+        )
         hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, places)  # [B, T, D]
         logits = self.runner.logits(hidden.flatten(0, 1)).unflatten(0, (-1, new))  # [B, T, V]
         followed: list[list[int]] = [[] for _ in requests]  # what was drawn, by row
@@ -291,24 +293,25 @@ class Engine:
                 request.draft = token
 
     def choose(self, logits: Tensor, requests: Sequence[Request], tell: bool = True) -> list[int]:
-        """logits [B, V] → the next token of each text; `tell` the log-probabilities to those who asked for them."""
+        """logits [B, V], which may be changed, → the next token of each text; `tell` the log-probabilities to those
+        who asked for them."""
+        logits.index_fill_(-1, self.closed, float("-inf"))
         samplings = [request.sampling for request in requests]
-        plain = not any(s.temperature or s.adjusts or s.logprobs is not None for s in samplings)
-        if plain and all(request.matcher is None for request in requests):
-            return logits.masked_fill(self.closed.to(logits.device), float("-inf")).argmax(dim=-1).tolist()
+        bent = [r for r, request in enumerate(requests) if request.sampling.adjusts or request.matcher is not None]
+        asked = [r for r, sampling in enumerate(samplings) if tell and sampling.logprobs is not None]
+        if not bent and not asked and not any(sampling.temperature for sampling in samplings):
+            return logits.argmax(dim=-1).tolist()
         # On the CPU, so that a seed means the same draws on every device.
-        logits = logits.float().cpu().masked_fill(self.closed, float("-inf"))
-        bent = logits.clone()
-        for row, request in zip(bent, requests, strict=True):
-            if request.sampling.adjusts:
-                adjust(row, request.sampling, request.prompt, request.drawn)
+        logits = logits.float().cpu()
+        own = {row: logits[row].log_softmax(dim=-1) for row in asked}
+        for row in bent:
+            request = requests[row]
+            adjust(logits[row], request.sampling, request.prompt, request.drawn)
             if request.matcher is not None:
-                row[: self.tokenizer.vocab_size].masked_fill_(~request.matcher.open_tokens(), float("-inf"))
-        tokens = draw(bent, samplings, [len(request.entry.tokens) for request in requests])
-        if tell:
-            for row, request, token in zip(logits, requests, tokens, strict=True):
-                if request.sampling.logprobs is not None:
-                    request.logprobs.append(_told(row, token, request.sampling.logprobs))
+                logits[row, : self.tokenizer.vocab_size].masked_fill_(~request.matcher.open_tokens(), float("-inf"))
+        tokens = draw(logits, samplings, [len(request.entry.tokens) for request in requests])
+        for row, chances in own.items():
+            requests[row].logprobs.append(_told(chances, tokens[row], samplings[row].logprobs or 0))
         return tokens
 
     def _forget(self, request: Request) -> None:
@@ -322,12 +325,11 @@ class Engine:
         self.metrics.drawn_tokens += 1
 
 
-def _told(logits: Tensor, token: int, count: int) -> TokenLogprobs:
-    chances = logits.log_softmax(dim=-1)
+def _told(chances: Tensor, token: int, count: int) -> TokenLogprobs:
+    """From log-probabilities [V]."""
     top = chances.topk(count)
-    return TokenLogprobs(
-        token, chances[token].item(), list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    )
+    likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+    return TokenLogprobs(token, chances[token].item(), likeliest)
 
 
 def _alike(reads: list[tuple[Entry, int]]) -> list[list[tuple[Entry, int]]]:

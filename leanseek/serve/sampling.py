@@ -8,13 +8,16 @@ for its verification, meets the same chance.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from leanseek.config import BadInput
+
+
+FEW = 256  # tokens among which top-p looks first
 
 
 @dataclass(frozen=True)
@@ -85,15 +88,16 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -
     A token is the winner of a race: each arrives after an exponential time divided by its probability. So is a draft,
     and because both meet the same times in the same place, a draft is right whenever its distribution is about right.
     """
-    tokens = logits.argmax(dim=-1).tolist()
-    alike: dict[Sampling, list[int]] = {}
-    for row, sampling in enumerate(samplings):
+    tokens = [0] * len(samplings)
+    alike: dict[tuple[float, ...], list[int]] = {}
+    for row, one in enumerate(samplings):
+        alike.setdefault((one.temperature, one.top_k, one.top_p, one.min_p), []).append(row)
+    for rows in alike.values():
+        some, sampling = logits if len(rows) == len(samplings) else logits[rows], samplings[rows[0]]
         if sampling.temperature > 0:
-            alike.setdefault(replace(sampling, seed=0), []).append(row)
-    for sampling, rows in alike.items():
-        chances = probabilities(logits[rows], sampling)
-        times = torch.stack([race(samplings[row].seed, places[row], logits.shape[-1]) for row in rows])
-        for row, token in zip(rows, (chances / times).argmax(dim=-1).tolist(), strict=True):
+            times = torch.stack([race(samplings[row].seed, places[row], logits.shape[-1]) for row in rows])
+            some = probabilities(some, sampling).div_(times)
+        for row, token in zip(rows, some.argmax(dim=-1).tolist(), strict=True):
             tokens[row] = token
     return tokens
 
@@ -142,9 +146,17 @@ def top_p(logits: Tensor, p: float) -> Tensor:
     """Closes all but the fewest likeliest tokens whose probabilities sum to at least p. 1 closes none."""
     if p == 1:
         return logits
-    chances, order = logits.softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    chances = logits.softmax(dim=-1)
+    # Almost always a few tokens are enough, and need not be found by sorting all.
+    few = chances.topk(min(FEW, chances.shape[-1]), dim=-1)
+    if bool((few.values.sum(dim=-1) >= p).all()):
+        chances, order = few
+        closed = torch.ones_like(logits, dtype=torch.bool)
+    else:
+        chances, order = chances.sort(dim=-1, descending=True, stable=True)
+        closed = torch.empty_like(logits, dtype=torch.bool)
     before = chances.cumsum(dim=-1) - chances  # what the likelier ones have together
-    return logits.masked_fill(torch.zeros_like(order, dtype=torch.bool).scatter(-1, order, before >= p), -math.inf)
+    return logits.masked_fill(closed.scatter_(-1, order, before >= p), -math.inf)
 
 
 def min_p(logits: Tensor, fraction: float) -> Tensor:
