@@ -510,4 +510,4 @@ def test_a_model_without_the_module_does_not_draft(vocabulary: Tokenizer) -> Non
     assert not engine.speculates
     served(engine, engine.submit([0, 5], greedy(5)))
     assert engine.metrics.drafted == 0
-    assert engine.cache.values.shape[0] == model.config.num_hidden_layers
+    assert len(engine.cache.layers) == model.config.num_hidden_layers

@@ -93,7 +93,7 @@ def test_cache_returns_what_was_appended_wherever_it_lies() -> None:
             cache = Cache(config, 6, torch.float32)
             for first, end in ((0, 3), (3, 4), (4, 45)):
                 places = cache.at([pages[row] for row in rows], [first] * len(rows), [end - first] * len(rows))
-                for layer in cache.layers(places):
+                for layer in cache.views(places):
                     all_latent, all_keys = layer.append(latent[rows, first:end], key[rows, first:end])
                     assert torch.equal(all_latent, latent[rows, :end])
                     assert torch.equal(all_keys, key[rows, :end])
@@ -103,9 +103,9 @@ def test_padding_touches_nobodys_page() -> None:
     cache = Cache(tiny(), 4, torch.float32)
     places = cache.at([[1, 2], [3]], [14, 3], [4, 2])  # two tokens of padding in the second row
     assert places.positions.tolist() == [[14, 15, 16, 17], [3, 4, 5, 6]]
-    assert places.slots.tolist() == [[30, 31, 32, 33], [51, 52, 0, 0]]
+    assert places.slots.tolist() == [30, 31, 32, 33, 51, 52, 0, 0]
     assert places.length == 18
-    assert cache.at([[4]], [15], [2]).slots.tolist() == [[79, 0]]  # a draft behind the last page
+    assert cache.at([[4]], [15], [2]).slots.tolist() == [79, 0]  # a draft behind the last page
 
 
 # ── greedy: cache against recomputation ───────────────────────────────────────────────────────────────────────────
@@ -143,8 +143,8 @@ def test_greedy_over_the_cache_equals_recomputation(shape: str, vocabulary: Toke
 
 
 def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Places.write
-    monkeypatch.setattr(Places, "write", lambda self, values, new: whole(self, values, new.roll(1, dims=-1)))
+    whole = Places.seen
+    monkeypatch.setattr(Places, "seen", lambda self, layer: whole(self, layer).roll(1, dims=-1))
     llm = LLM(model_of(vocabulary), vocabulary)
     ids = [vocabulary.bos_id, *vocabulary.encode("the fox said")]
     assert llm.generate("the fox said", greedy(32)).token_ids != recomputed(llm, ids, 32)
@@ -170,16 +170,16 @@ def both_ways(model: Transformer, rows: int, new: int = 1, steps: int = 6) -> tu
     with torch.inference_mode():
         for cache in caches:
             places = cache.at(pages, [0] * rows, [13] * rows)
-            hidden = model(ids[:, :13], places.positions, cache=cache.layers(places))
+            hidden = model(ids[:, :13], places.positions, cache=cache.views(places))
             if drafts:
-                model.draft(hidden, ids[:, 1:14], places.positions, cache.layers(places)[-1])
+                model.draft(hidden, ids[:, 1:14], places.positions, cache.views(places)[-1])
         for at in range(13, tokens, new):
             now, following = ids[:, at : at + new], ids[:, at + 1 : at + new + 1]
             places = caches[0].at(pages, [at] * rows, [new] * rows)
             hidden = runner.step(now, caches[0], places)
             states = [hidden, runner.draft(hidden, following, caches[0], places)] if drafts else [hidden]
             ours.append(runner.logits(torch.cat(states, dim=1).flatten(0, 1)).unflatten(0, (rows, -1)))
-            layers = caches[1].layers(places)
+            layers = caches[1].views(places)
             hidden = model(now, places.positions, cache=layers)
             states = [hidden, model.draft(hidden, following, places.positions, layers[-1])] if drafts else [hidden]
             theirs.append(model.lm_head(torch.cat(states, dim=1)))
@@ -318,7 +318,7 @@ def test_rows_that_are_not_where_they_stand_are_noticed(vocabulary: Tokenizer, m
     prompts, whole = ["the fox slept", LONG[:30]], Cache.at
     expected = LLM(model_of(vocabulary), vocabulary).generate(prompts[0], greedy(9)).token_ids
     monkeypatch.setattr(
-        Cache, "at", lambda self, pages, starts, new: whole(self, pages, [max(starts)] * len(starts), new)
+        Cache, "at", lambda self, pages, starts, new: whole(self, pages, [min(starts)] * len(starts), new)
     )
     assert LLM(model_of(vocabulary), vocabulary).generate_many(prompts, greedy(9))[0].token_ids != expected
 

@@ -18,7 +18,7 @@ PAGE = 16  # tokens
 
 
 class Cache:
-    """`values` [L, 1 + P, Z, C + R]; page 0 is nobody's, padding is written there."""
+    """`layers`, L of them, hold the places of all pages [(1 + P) · Z, C + R]; page 0 is nobody's, it takes padding."""
 
     def __init__(
         self,
@@ -31,12 +31,13 @@ class Cache:
     ) -> None:
         self.latent, self.size, self.pages = config.kv_lora_rank, size, pages
         layers = config.num_hidden_layers + (1 if drafts else 0)
-        self.values = _zeros((layers, 1 + pages, size, self.latent + config.qk_rope_head_dim), dtype, device)
+        self.width = self.latent + config.qk_rope_head_dim
+        self.values = _zeros((layers, (1 + pages) * size, self.width), dtype, device)
+        self.layers = self.values.unbind()
 
     @property
     def bytes_per_token(self) -> int:
-        layers, _, _, width = self.values.shape
-        return layers * width * self.values.itemsize
+        return len(self.layers) * self.width * self.values.itemsize
 
     def at(self, pages: Sequence[Sequence[int]], starts: Sequence[int], counts: Sequence[int]) -> "Places":
         """Places for the next counts[b] tokens of rows that hold starts[b] tokens on these pages.
@@ -44,31 +45,31 @@ class Cache:
         What lies beyond a row's count, or beyond its pages, is padding: it goes to page 0.
         """
         width, size = max(counts), self.size
-        length = max(
-            min(start + count, len(own) * size) for own, start, count in zip(pages, starts, counts, strict=True)
-        )
-        positions, slots = [], []
-        for own, start, count in zip(pages, starts, counts, strict=True):
-            end = min(start + count, len(own) * size)
-            row = [own[place // size] * size + place % size for place in range(start, end)]
-            slots.append(row + [0] * (width - len(row)))
-            positions.append([min(place, length - 1) for place in range(start, start + width)])
-        device, first, most = self.values.device, pages[0][0], max(map(len, pages))
-        one_piece = len(pages) == 1 and pages[0] == list(range(first, first + most))
+        ends = [min(start + count, len(own) * size) for own, start, count in zip(pages, starts, counts, strict=True)]
+        length, most = max(ends), max(map(len, pages))
+        positions: list[int] = []
+        slots: list[int] = []
+        table: list[int] = []
+        for own, start, end in zip(pages, starts, ends, strict=True):
+            positions += [min(place, length - 1) for place in range(start, start + width)]
+            slots += [own[place // size] * size + place % size for place in range(start, end)]
+            slots += [0] * (width - (end - start))
+            table += own
+            table += [0] * (most - len(own))
+        one_piece = len(pages) == 1 and table == list(range(table[0], table[0] + most))
+        device = self.values.device
         return Places(
-            torch.tensor(positions, device=device),
+            torch.tensor(positions, device=device).view(len(pages), width),
             torch.tensor(slots, device=device),
-            torch.tensor([[*own, *[0] * (most - len(own))] for own in pages], device=device),
+            torch.tensor(table, device=device),
+            size,
             length,
-            first * size if one_piece else None,
+            table[0] * size if one_piece else None,
         )
 
-    def layer(self, index: int, places: "Places") -> "LayerCache":
-        """One layer's part for one pass of the model."""
-        return LayerCache(self.values[index], self.latent, places)
-
-    def layers(self, places: "Places") -> list["LayerCache"]:
-        return [self.layer(i, places) for i in range(len(self.values))]
+    def views(self, places: "Places") -> list["LayerCache"]:
+        """The layers' parts for one pass of the model."""
+        return [LayerCache(layer, self.latent, places) for layer in self.layers]
 
 
 @dataclass(frozen=True)
@@ -76,35 +77,32 @@ class Places:
     """Where the new tokens of a pass lie, and what came before them."""
 
     positions: Tensor  # [B, T] in the row's text, below S for padding too
-    slots: Tensor  # [B, T] in the cache, counted over all pages
-    table: Tensor  # [B, N] each row's pages in order, 0 behind its last
+    slots: Tensor  # [B · T] in the cache, counted over all pages
+    table: Tensor  # [B · N] each row's pages in order, 0 behind its last
+    size: int  # Z
     length: int  # S, the new tokens included
     start: int | None  # the first slot of an only row whose pages follow one another
 
-    def seen(self, values: Tensor) -> Tensor:
-        """Every row's tokens in one layer's values [1 + P, Z, W] → [B, S, W], a view where `start` is known."""
-        flat = values.flatten(0, 1)
+    def seen(self, layer: Tensor) -> Tensor:
+        """Every row's tokens in one layer [(1 + P) · Z, W] → [B, S, W], a view where `start` is known."""
         if self.start is not None:
-            return flat[None, self.start : self.start + self.length]
-        rows, pages = self.table.shape
-        return values.index_select(0, self.table.flatten()).view(rows, pages * values.shape[1], -1)[:, : self.length]
-
-    def write(self, values: Tensor, new: Tensor) -> None:
-        """new [B · T, W] into one layer's values [1 + P, Z, W]."""
-        values.flatten(0, 1).index_copy_(0, self.slots.flatten(), new)
+            return layer.narrow(0, self.start, self.length)[None]
+        rows, width = len(self.positions), layer.shape[1]
+        pages = layer.view(-1, self.size * width).index_select(0, self.table)
+        return pages.view(rows, -1, width).narrow(1, 0, self.length)
 
 
 class LayerCache:
     """What `model.mla.LatentCache` asks for."""
 
-    def __init__(self, values: Tensor, latent: int, places: Places) -> None:
-        self.values, self.latent, self.places = values, latent, places
+    def __init__(self, layer: Tensor, latent: int, places: Places) -> None:
+        self.layer, self.latent, self.places = layer, latent, places
 
     def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens' in the precision of these."""
         new = torch.cat((latent, rope_key), dim=-1).flatten(0, 1)
-        self.places.write(self.values, new.to(self.values.dtype))
-        seen = self.places.seen(self.values).to(latent.dtype)
+        self.layer.index_copy_(0, self.places.slots, new.to(self.layer.dtype))
+        seen = self.places.seen(self.layer).to(latent.dtype)
         return seen[..., : self.latent], seen[..., self.latent :]
 
 

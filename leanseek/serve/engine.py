@@ -260,7 +260,7 @@ class Engine:
         entries, counts = [entry for entry, _ in group], [count for _, count in group]
         longest, starts = max(counts), [entry.read for entry in entries]
         places = self.cache.at([entry.pages for entry in entries], starts, counts)
-        layers = self.cache.layers(places)
+        layers = self.cache.views(places)
         hidden = self.model(self._ids(group, starts, longest), places.positions, cache=layers)  # [B, T, D]
         for entry, count in group:
             self.scheduler.has_read(entry, count)

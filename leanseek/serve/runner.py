@@ -52,8 +52,8 @@ class Runner:
     def step(self, tokens: Tensor, cache: Cache, places: Places) -> Tensor:
         """The next tokens of every row [B, T], which go into the cache → final hidden states [B, T, D]."""
         x, now = F.embedding(tokens.flatten(), self.embedding).to(self.dtype), self._now(places)
-        for layer, values in zip(self.layers, cache.values, strict=False):
-            x = layer(x, values, now)
+        for layer, kept in zip(self.layers, cache.layers, strict=False):  # the MTP module's comes behind them
+            x = layer(x, kept, now)
         return self.norm(x).view(*tokens.shape, -1)
 
     @torch.inference_mode()
@@ -61,7 +61,7 @@ class Runner:
         """The MTP module over `step`'s hidden states [B, T, D] and the tokens that follow them [B, T] → [B, T, D]."""
         assert self.mtp is not None
         embedded = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
-        return self.mtp(hidden.flatten(0, 1), embedded, cache.values[-1], self._now(places)).view_as(hidden)
+        return self.mtp(hidden.flatten(0, 1), embedded, cache.layers[-1], self._now(places)).view_as(hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -100,9 +100,9 @@ class _Layer:
         self.before_mlp = _Norm(block.post_attention_layernorm, activations)
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
-    def __call__(self, x: Tensor, values: Tensor, now: _Now) -> Tensor:
-        """x [B · T, D], values the layer's part of the cache [1 + P, Z, C + R] → [B · T, D]."""
-        x = self.attention(x, self.before_attention(x), values, now)
+    def __call__(self, x: Tensor, kept: Tensor, now: _Now) -> Tensor:
+        """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D]."""
+        x = self.attention(x, self.before_attention(x), kept, now)
         return self.mlp(x, self.before_mlp(x))
 
 
@@ -115,10 +115,10 @@ class _MTP:
         self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype)
         self.norm = _Norm(module.norm, activations)
 
-    def __call__(self, hidden: Tensor, embedded: Tensor, values: Tensor, now: _Now) -> Tensor:
+    def __call__(self, hidden: Tensor, embedded: Tensor, kept: Tensor, now: _Now) -> Tensor:
         """hidden, embedded [B · T, D] → [B · T, D]."""
         x = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        return self.norm(self.layer(x, values, now))
+        return self.norm(self.layer(x, kept, now))
 
 
 class _Attention:
@@ -152,8 +152,8 @@ class _Attention:
         self.out = _Matrix(out, dtype)
         self.nothing = torch.zeros((), dtype=activations, device=device)
 
-    def __call__(self, x: Tensor, normed: Tensor, values: Tensor, now: _Now) -> Tensor:
-        """x + attention(normed), both [B · T, D]; the new tokens' latents and keys go to their places in `values`."""
+    def __call__(self, x: Tensor, normed: Tensor, kept: Tensor, now: _Now) -> Tensor:
+        """x + attention(normed), both [B · T, D]; the new tokens' latents and keys go to their places in `kept`."""
         n = x.shape[0]
         q, latent, key = self.down(normed).split([self.first, self.latent, self.rope], dim=-1)
         if self.query_norm is not None and self.query_up is not None:
@@ -161,11 +161,11 @@ class _Attention:
         q = q.view(n, self.heads, -1)
         turn(key, now.turns)
         turn(q[..., -self.rope :], now.turns if now.closed is None else now.turns[:, None])
-        now.places.write(values, torch.cat((self.latent_norm(latent), key), dim=-1))
+        kept.index_copy_(0, now.places.slots, torch.cat((self.latent_norm(latent), key), dim=-1))
         if not self.folds:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
-        seen = now.places.seen(values)  # [B, S, C + R]
+        seen = now.places.seen(kept)  # [B, S, C + R]
         q = q.reshape(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
         start, kept = (self.nothing, 0) if now.closed is None else (now.closed, 1)
         scores = torch.baddbmm(start, q, seen.mT, beta=kept, alpha=self.scale)  # [B, T · H, S]
