@@ -315,7 +315,7 @@ def test_many_prompts_side_by_side_say_what_each_says_alone(
 
 
 def test_rows_that_are_not_where_they_stand_are_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    prompts, whole = ["the fox slept", LONG[:30]], Cache.at
+    prompts, whole = [LONG[:30], "the fox slept"], Cache.at
     expected = LLM(model_of(vocabulary), vocabulary).generate(prompts[0], greedy(9)).token_ids
     monkeypatch.setattr(
         Cache, "at", lambda self, pages, starts, new: whole(self, pages, [min(starts)] * len(starts), new)
