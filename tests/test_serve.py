@@ -20,7 +20,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.serve import runner as runner_module
 from leanseek.serve.cache import PAGE, Cache, Places
 from leanseek.serve.llm import LLM, Completion, Pieces
-from leanseek.serve.runner import Runner, _MoE, _Now, _Wide
+from leanseek.serve.runner import Now, Runner, _MoE, _Wide
 from leanseek.serve.sampling import Sampling, draw, min_p, probabilities, top_k, top_p, with_temperature
 from leanseek.serve.writer import StopStrings
 from tests.oracle import fill, tiny
@@ -176,8 +176,8 @@ def both_ways(model: Transformer, rows: int, new: int = 1, steps: int = 6) -> tu
         for at in range(13, tokens, new):
             now, following = ids[:, at : at + new], ids[:, at + 1 : at + new + 1]
             places = caches[0].at(pages, [at] * rows, [new] * rows)
-            hidden = runner.step(now, caches[0], places)
-            states = [hidden, runner.draft(hidden, following, caches[0], places)] if drafts else [hidden]
+            hidden = runner.step(now, caches[0], runner.at(places))
+            states = [hidden, runner.draft(hidden, following, caches[0], runner.at(places))] if drafts else [hidden]
             ours.append(runner.logits(torch.cat(states, dim=1).flatten(0, 1)).unflatten(0, (rows, -1)))
             layers = caches[1].views(places)
             hidden = model(now, places.positions, cache=layers)
@@ -227,11 +227,11 @@ def test_ways_through_the_experts_are_the_ones_meant(monkeypatch: pytest.MonkeyP
 FAULTS = {
     "positions one off": lambda: (
         Runner,
-        "step",
+        "at",
         lambda whole: lambda self, *rest: _late(self, whole, *rest),
     ),
     "pairs not turned": lambda: (runner_module, "turn", lambda whole: lambda x, turns: None),
-    "the token's own place not seen": lambda: (Runner, "_now", lambda whole: lambda *rest: _blind(whole(*rest))),
+    "the token's own place not seen": lambda: (Runner, "at", lambda whole: lambda *rest: _blind(whole(*rest))),
 }
 
 
@@ -243,7 +243,7 @@ def _late(runner: Runner, whole: object, *rest: object) -> Tensor:
         runner.turns = turns
 
 
-def _blind(now: _Now) -> _Now:
+def _blind(now: Now) -> Now:
     closed = now.closed.clone()
     closed[..., -1] = -math.inf
     return replace(now, closed=closed)

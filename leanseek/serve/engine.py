@@ -225,7 +225,8 @@ class Engine:
         places = self.cache.at(
             [entry.pages for entry in entries], [entry.read for entry in entries], [new] * len(entries)
         )
-        hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, places)  # [B, T, D]
+        now = self.runner.at(places)
+        hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, now)  # [B, T, D]
         logits = self.runner.logits(hidden.flatten(0, 1)).unflatten(0, (-1, new))  # [B, T, V]
         followed: list[list[int]] = [[] for _ in requests]  # what was drawn, by row
         going = list(range(len(requests)))
@@ -250,7 +251,7 @@ class Engine:
         if self.speculates:
             # A draft that was wrong leaves a place whose token is not known yet: it is filled when that is read.
             following = torch.tensor([tokens + [0] * (new - len(tokens)) for tokens in followed], device=self.device)
-            hidden = self.runner.draft(hidden, following, self.cache, places)
+            hidden = self.runner.draft(hidden, following, self.cache, now)
             self._draft(requests, hidden, [len(tokens) - 1 for tokens in followed])
             self.metrics.draft_seconds += time.perf_counter() - ended
 

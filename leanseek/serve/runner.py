@@ -9,6 +9,7 @@ B rows · T new tokens of each, drafts behind the newest · S tokens of the long
 V widths of a head · C kv_lora_rank · E experts.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,41 +50,42 @@ class Runner:
         self.turns = torch.complex(*rotary(positions, model.config))[0]  # [S, R/2], each pair's at each position
 
     @torch.inference_mode()
-    def step(self, tokens: Tensor, cache: Cache, places: Places) -> Tensor:
+    def at(self, places: Places) -> "Now":
+        """What all layers share of a step at these places."""
+        rows, new = places.positions.shape
+        if rows == new == 1:
+            return Now(places, 1, self.turns[places.length - 1], None)
+        queries = places.positions.flatten()
+        hidden = torch.arange(places.length, device=queries.device) > queries[:, None]
+        closed = torch.zeros(hidden.shape, dtype=self.dtype, device=queries.device).masked_fill_(hidden, -math.inf)
+        closed = closed.view(rows, new, -1)
+        if new > 1:  # for each head of each query
+            closed = closed[:, :, None].expand(-1, -1, self.heads, -1).flatten(1, 2)
+        return Now(places, rows, self.turns[queries], closed)
+
+    @torch.inference_mode()
+    def step(self, tokens: Tensor, cache: Cache, now: "Now") -> Tensor:
         """The next tokens of every row [B, T], which go into the cache → final hidden states [B, T, D]."""
-        x, now = F.embedding(tokens.flatten(), self.embedding).to(self.dtype), self._now(places)
+        x = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
         for layer, kept in zip(self.layers, cache.layers, strict=False):  # the MTP module's comes behind them
             x = layer(x, kept, now)
         return self.norm(x).view(*tokens.shape, -1)
 
     @torch.inference_mode()
-    def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache, places: Places) -> Tensor:
+    def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache, now: "Now") -> Tensor:
         """The MTP module over `step`'s hidden states [B, T, D] and the tokens that follow them [B, T] → [B, T, D]."""
         assert self.mtp is not None
         embedded = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
-        return self.mtp(hidden.flatten(0, 1), embedded, cache.layers[-1], self._now(places)).view_as(hidden)
+        return self.mtp(hidden.flatten(0, 1), embedded, cache.layers[-1], now).view_as(hidden)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [N, D] → [N, V]."""
         return self.head(hidden)
 
-    def _now(self, places: Places) -> "_Now":
-        rows, new = places.positions.shape
-        if rows == new == 1:
-            return _Now(places, 1, self.turns[places.length - 1], None)
-        queries = places.positions.flatten()
-        keys = torch.arange(places.length, device=queries.device)
-        closed = torch.zeros(len(queries), places.length, dtype=self.dtype, device=queries.device)
-        closed.masked_fill_(keys > queries[:, None], float("-inf"))
-        closed = closed.view(rows, new, -1)
-        if new > 1:  # for each head of each query
-            closed = closed.repeat_interleave(self.heads, dim=1)
-        return _Now(places, rows, self.turns[queries], closed)
-
 
 @dataclass(frozen=True)
-class _Now:
+class Now:
     """What all layers of a step share."""
 
     places: Places
@@ -100,7 +102,7 @@ class _Layer:
         self.before_mlp = _Norm(block.post_attention_layernorm, activations)
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
-    def __call__(self, x: Tensor, kept: Tensor, now: _Now) -> Tensor:
+    def __call__(self, x: Tensor, kept: Tensor, now: Now) -> Tensor:
         """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D]."""
         x = self.attention(x, self.before_attention(x), kept, now)
         return self.mlp(x, self.before_mlp(x))
@@ -115,7 +117,7 @@ class _MTP:
         self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype)
         self.norm = _Norm(module.norm, activations)
 
-    def __call__(self, hidden: Tensor, embedded: Tensor, kept: Tensor, now: _Now) -> Tensor:
+    def __call__(self, hidden: Tensor, embedded: Tensor, kept: Tensor, now: Now) -> Tensor:
         """hidden, embedded [B · T, D] → [B · T, D]."""
         x = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
         return self.norm(self.layer(x, kept, now))
@@ -152,7 +154,7 @@ class _Attention:
         self.out = _Matrix(out, dtype)
         self.nothing = torch.zeros((), dtype=activations, device=device)
 
-    def __call__(self, x: Tensor, normed: Tensor, kept: Tensor, now: _Now) -> Tensor:
+    def __call__(self, x: Tensor, normed: Tensor, kept: Tensor, now: Now) -> Tensor:
         """x + attention(normed), both [B · T, D]; the new tokens' latents and keys go to their places in `kept`."""
         n = x.shape[0]
         q, latent, key = self.down(normed).split([self.first, self.latent, self.rope], dim=-1)

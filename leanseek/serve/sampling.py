@@ -16,7 +16,6 @@ from torch import Tensor
 
 from leanseek.config import BadInput
 
-
 FEW = 256  # tokens among which top-p looks first
 
 
