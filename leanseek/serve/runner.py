@@ -54,14 +54,16 @@ class Runner:
         """What all layers share of a step at these places."""
         rows, new = places.positions.shape
         if rows == new == 1:
-            return Now(places, 1, self.turns[places.length - 1], None)
+            turns = self.turns[places.length - 1]
+            return Now(places, 1, turns, turns, None)
         queries = places.positions.flatten()
         hidden = torch.arange(places.length, device=queries.device) > queries[:, None]
         closed = torch.zeros(hidden.shape, dtype=self.dtype, device=queries.device).masked_fill_(hidden, -math.inf)
         closed = closed.view(rows, new, -1)
         if new > 1:  # for each head of each query
             closed = closed[:, :, None].expand(-1, -1, self.heads, -1).flatten(1, 2)
-        return Now(places, rows, self.turns[queries], closed)
+        turns = self.turns[queries]
+        return Now(places, rows, turns, turns[:, None], closed)
 
     @torch.inference_mode()
     def step(self, tokens: Tensor, cache: Cache, now: "Now") -> Tensor:
@@ -91,6 +93,7 @@ class Now:
     places: Places
     rows: int  # B
     turns: Tensor  # [B · T, R/2], or [R/2] of a single token
+    turns_of_heads: Tensor  # [B · T, 1, R/2], or the same [R/2]
     closed: Tensor | None  # [B, 1 or T · H, S] minus infinity where a query may not look; a single token sees all
 
 
@@ -162,7 +165,7 @@ class _Attention:
             q = self.query_up(self.query_norm(q))
         q = q.view(n, self.heads, -1)
         turn(key, now.turns)
-        turn(q[..., -self.rope :], now.turns if now.closed is None else now.turns[:, None])
+        turn(q[..., -self.rope :], now.turns_of_heads)
         kept.index_copy_(0, now.places.slots, torch.cat((self.latent_norm(latent), key), dim=-1))
         if not self.folds:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
@@ -217,22 +220,23 @@ class _MoE:
         if self.shared is not None:
             x = self.shared(x, normed)
         if 2 * experts.numel() < self.n:
-            return x + self.one_by_one(normed, experts, weights)
+            return self.one_by_one(x, normed, experts, weights)
         return x + self.moe.experts(normed.to(self.dtype), experts, weights).to(x.dtype)
 
-    def one_by_one(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
-        """Few choices: each reads its own expert."""
-        chosen, rows = experts.tolist(), x.to(self.down[0].dtype).unbind()
+    def one_by_one(self, x: Tensor, normed: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+        """Few choices: each reads its own expert, and adds to its row of x."""
+        chosen, rests = experts.tolist(), self.down[0].dtype
+        rows = normed.to(rests).unbind()
         hidden = torch.stack([self.gate_up[e].mv(row) for row, own in zip(rows, chosen, strict=True) for e in own])
         gate, up = hidden.chunk(2, dim=-1)
-        choices = iter(F.silu(gate).mul_(up).mul_(weights.to(hidden.dtype).view(-1, 1)).unbind())
-        sums = []
-        for own in chosen:
-            total = self.down[own[0]].mv(next(choices))
-            for e in own[1:]:
-                total.addmv_(self.down[e], next(choices))
-            sums.append(total)
-        return torch.stack(sums).to(x.dtype)
+        choices = iter(F.silu(gate).mul_(up).unbind())
+        for row, own, shares in zip(x.unbind(), chosen, weights.tolist(), strict=True):
+            for e, share in zip(own, shares, strict=True):
+                if row.dtype == rests:
+                    row.addmv_(self.down[e], next(choices), alpha=share)
+                else:
+                    row.add_(self.down[e].mv(next(choices)), alpha=share)
+        return x
 
 
 class _Wide:
