@@ -235,12 +235,19 @@ def bench_train(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False)
 
 
 @bench_app.command("decode")
-def bench_decode(rounds: Rounds = 7, quick: Quick = False, as_json: Json = False) -> None:
-    """Tokens per second of greedy decoding, beside transformers'."""
+def bench_decode(
+    run: Annotated[
+        Path | None, typer.Option(metavar="RUN", help="These weights; else random ones in the shapes of bench-20m.")
+    ] = None,
+    rounds: Rounds = 7,
+    quick: Quick = False,
+    as_json: Json = False,
+) -> None:
+    """Tokens per second and time to the first token, beside transformers'; what drafts gain."""
     from leanseek.bench.decode import bench_decode as run_bench
     from leanseek.bench.turns import report
 
-    report(lambda console: run_bench(5 if quick else rounds, not quick, console), as_json)
+    report(lambda console: run_bench(run, 5 if quick else rounds, not quick, console), as_json)
 
 
 @bench_app.command()

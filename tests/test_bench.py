@@ -1,5 +1,6 @@
 """The ledger: its controls by closed forms and a slow twin, its queue by interruption, its score by hand."""
 
+import io
 import json
 import math
 import os
@@ -11,13 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
+import leanseek
 from leanseek import checkpoint
 from leanseek.bench import controls, ledger, queue, quick, rows, speed
 from leanseek.bench.controls import Control, Ordinary, Windows, build, flops_per_token, learning_rate, train
+from leanseek.bench.decode import Work, bench_decode
 from leanseek.bench.ledger_page import draw, rendered
-from leanseek.bench.peer import TheirStep
+from leanseek.bench.peer import TheirStep, same_weights
 from leanseek.bench.queue import Item, Place, is_done, items, work_through
 from leanseek.bench.rows import ORDINARY, ROWS, Row, chosen_rows, config_of, same_settings, settings_of, shape, steps_of
 from leanseek.bench.score import Score, as_json, best_of_each, scores, target_of, tokens_to
@@ -29,7 +33,8 @@ from leanseek.config import BadInput, read_recipe
 from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
-from leanseek.plan.count import parameters
+from leanseek.plan.count import cache_bytes_per_token, parameters
+from tests.runs import TEXT, make_run, model_of, tokenizer
 from tests.tiny import RECIPE, story
 
 SMALL: dict[str, Any] = {"vocab_size": 320, "layers": 2, "width": 32, "heads": 2, "context": 32}
@@ -719,3 +724,27 @@ def test_kinds_of_work_hold_every_operation() -> None:
         "routing",
         REST,
     ]
+
+
+def test_decoding_is_timed_on_the_same_weights(tmp_path: Path) -> None:
+    said = io.StringIO()
+    vocabulary = tokenizer()
+    run = make_run(tmp_path / "run", model_of(vocabulary, num_nextn_predict_layers=1), vocabulary)
+    console = Console(file=said, width=200)
+    rows = bench_decode(run, 2, False, console, Work(prompt=8, new=8, long_prompt=40))
+    names = [row.name.partition(":")[0] for row in rows]
+    assert names == ["decode batch 1", "decode batch 16", "first token of 40", "drafts, batch 1", "drafts, batch 16"]
+    assert all(row.n == 2 and row.ours > 0 and row.peer > 0 and row.ratio_median > 0 for row in rows)
+    refused = [line for line in said.getvalue().splitlines() if "does not run" in line]
+    assert all("grouped_mm" in line for line in refused)  # which wants rows of 16 bytes
+    model = leanseek.load_model(run).eval()
+    mega = cache_bytes_per_token(model.config, 4) / 1e3
+    assert f"cache of ours: {mega:,.1f} MB for 1,000 tokens" in said.getvalue()
+    assert "expected" in said.getvalue()
+    ids = torch.tensor([vocabulary.encode(TEXT)[:40]])
+    with torch.no_grad():
+        ours = model.lm_head(model(ids, torch.arange(40)[None]))
+        theirs = same_weights(model, "eager", torch.float32).eval()(ids).logits
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    with pytest.raises(BadInput, match="context of 48 tokens is too short to be timed"):
+        bench_decode(run, 1, False, console)

@@ -1,4 +1,4 @@
-"""The peer: transformers' DeepseekV3ForCausalLM at the shapes of one of our configurations, with random weights."""
+"""The peer: transformers' DeepseekV3ForCausalLM at the shapes of one of our configurations."""
 
 import importlib
 from typing import Any
@@ -7,12 +7,14 @@ import torch
 from torch import Tensor
 
 from leanseek.config import BadInput, ModelConfig
+from leanseek.hub import released_name
+from leanseek.model.transformer import Transformer
 
 EXPERTS = ("grouped_mm", "batched_mm", "eager")  # its ways to compute the experts
 
 
 def transformers_model(config: ModelConfig, experts: str, dtype: torch.dtype = torch.float32) -> Any:
-    """The model, computing its experts that way. Raises BadInput where transformers is not installed."""
+    """The model with random weights, computing its experts that way. Raises BadInput without transformers."""
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
@@ -23,6 +25,14 @@ def transformers_model(config: ModelConfig, experts: str, dtype: torch.dtype = t
     theirs._experts_implementation = experts
     torch.manual_seed(0)
     return transformers.DeepseekV3ForCausalLM(theirs).to(dtype)
+
+
+def same_weights(model: Transformer, experts: str, dtype: torch.dtype) -> Any:
+    """transformers' model with the weights of ours, its MTP module's left out as transformers leaves them out."""
+    theirs = transformers_model(model.config, experts)
+    named = {released_name(name): tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
+    theirs.load_state_dict(named, strict=True)
+    return theirs.to(dtype)
 
 
 class TheirStep:

@@ -172,8 +172,8 @@ class _Attention:
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
         seen = now.places.seen(kept)  # [B, S, C + R]
         q = q.reshape(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
-        start, kept = (self.nothing, 0) if now.closed is None else (now.closed, 1)
-        scores = torch.baddbmm(start, q, seen.mT, beta=kept, alpha=self.scale)  # [B, T · H, S]
+        start, counts = (self.nothing, 0) if now.closed is None else (now.closed, 1)
+        scores = torch.baddbmm(start, q, seen.mT, beta=counts, alpha=self.scale)  # [B, T · H, S]
         heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, T · H, C]
         if not self.folds:
             heads = torch.bmm(heads.view(n, self.heads, -1).transpose(0, 1), self.w_uv).transpose(0, 1)  # [B · T, H, V]
