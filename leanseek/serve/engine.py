@@ -24,6 +24,7 @@ from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Runner
 from leanseek.serve.sampling import Sampling, adjust, draw
 from leanseek.serve.scheduler import Entry, Pages, Scheduler
+from leanseek.serve.speculate import follow
 from leanseek.serve.writer import Writer
 
 MEMORY_SHARE = 0.25  # of the memory at hand that the cache may grow to, where nobody says
@@ -215,8 +216,7 @@ class Engine:
     # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _advance(self, requests: list[Request]) -> None:
-        """Reads every text's newest token and, behind it, its draft; draws what follows the first, and what follows the
-        draft where that was right."""
+        """Reads every text's newest token and, behind it, its draft; draws what follows, and drafts anew."""
         began = time.perf_counter()
         entries = [request.entry for request in requests]
         drafts = [request.draft for request in requests]
@@ -228,20 +228,13 @@ class Engine:
         now = self.runner.at(places)
         hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, now)  # [B, T, D]
         logits = self.runner.logits(hidden.flatten(0, 1)).unflatten(0, (-1, new))  # [B, T, V]
-        followed: list[list[int]] = [[] for _ in requests]  # what was drawn, by row
-        going = list(range(len(requests)))
-        for t in range(new):
-            told = logits[:, t] if len(going) == len(requests) else logits[going, t]
-            tokens = self.choose(told, [requests[row] for row in going])
-            right = []
-            for row, token in zip(going, tokens, strict=True):
-                self._push(requests[row], token)
-                followed[row].append(token)
-                if token == drafts[row] and requests[row].finish_reason is None:
-                    right.append(row)
-            going = right
-            if not going:
-                break
+
+        def draw_after(rows: list[int], t: int) -> list[int]:
+            told = logits[:, t] if len(rows) == len(requests) else logits[rows, t]
+            tokens = self.choose(told, [requests[row] for row in rows])
+            return [self._push(requests[row], token) for row, token in zip(rows, tokens, strict=True)]
+
+        followed = follow(draw_after, drafts, new)
         for entry, tokens in zip(entries, followed, strict=True):
             self.scheduler.has_read(entry, len(tokens))
         self.metrics.drafted += sum(draft is not None for draft in drafts)
@@ -250,7 +243,8 @@ class Engine:
         self.metrics.step_seconds += ended - began
         if self.speculates:
             # A draft that was wrong leaves a place whose token is not known yet: it is filled when that is read.
-            following = torch.tensor([tokens + [0] * (new - len(tokens)) for tokens in followed], device=self.device)
+            rows = [[max(token, 0) for token in tokens] + [0] * (new - len(tokens)) for tokens in followed]
+            following = torch.tensor(rows, device=self.device)
             hidden = self.runner.draft(hidden, following, self.cache, now)
             self._draft(requests, hidden, [len(tokens) - 1 for tokens in followed])
             self.metrics.draft_seconds += time.perf_counter() - ended
@@ -320,10 +314,11 @@ class Engine:
         self.scheduler.remove(request.entry)
         self.metrics.cached_tokens += request.cached
 
-    def _push(self, request: Request, token: int) -> None:
-        most = request.entry.limit + 1 - len(request.prompt)
-        request.push(token, self.tokenizer.eos_id, most)
+    def _push(self, request: Request, token: int) -> int:
+        """Gives a text its next token, and says which; −1 when it has ended."""
+        request.push(token, self.tokenizer.eos_id, most=request.entry.limit + 1 - len(request.prompt))
         self.metrics.drawn_tokens += 1
+        return token if request.finish_reason is None else -1
 
 
 def _told(chances: Tensor, token: int, count: int) -> TokenLogprobs:
