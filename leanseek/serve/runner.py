@@ -211,7 +211,7 @@ class _MoE:
     def __call__(self, x: Tensor, normed: Tensor) -> Tensor:
         """x + experts(normed), both [B, D]."""
         gate = self.moe.gate
-        experts, weights = gate.select(gate.scores(normed.to(self.router.dtype) @ self.router))
+        experts, weights = gate.select(gate.scores(torch.mm(normed.to(self.router.dtype), self.router)))
         # Where the tokens meet most experts, all are read whatever one does.
         if 2 * experts.numel() >= self.n and self.may_be_wide and x.shape[0] <= WIDE_ROWS:
             if self.wide is None:
@@ -281,10 +281,10 @@ class _Matrix:
         """The product in the precision in which W rests."""
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, None, "none", [], "")
-        return x @ self.weight
+        return torch.mm(x, self.weight)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.raw(x).to(self.between) if self.packed else x @ self.weight
+        return self.raw(x).to(self.between) if self.packed else torch.mm(x, self.weight)
 
     def added(self, residual: Tensor, x: Tensor) -> Tensor:
         """residual + x Wᵀ."""
@@ -308,11 +308,10 @@ class _Norm:
 
 def turn(x: Tensor, turns: Tensor) -> None:
     """Turns the pairs of x [..., R] in place by turns [..., R/2], as `model.rope.apply_rope` does."""
-    pairs = x.unflatten(-1, (-1, 2))
     if x.dtype == torch.float32 or x.dtype == torch.float64:
-        torch.view_as_complex(pairs).mul_(turns)
+        x.view(x.dtype.to_complex()).mul_(turns)
     else:
-        pairs.copy_(torch.view_as_real(torch.view_as_complex(pairs.float()) * turns))
+        x.copy_((x.float().view(torch.complex64) * turns).view(torch.float32))
 
 
 def between(device: torch.device, dtype: torch.dtype) -> torch.dtype:
