@@ -165,7 +165,7 @@ class _Attention:
             q = self.query_up(self.query_norm(q))
         q = q.view(n, self.heads, -1)
         turn(key, now.turns)
-        turn(q[..., -self.rope :], now.turns_of_heads)
+        turn(q.narrow(2, q.shape[2] - self.rope, self.rope), now.turns_of_heads)
         kept.index_copy_(0, now.places.slots, torch.cat((self.latent_norm(latent), key), dim=-1))
         if not self.folds:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
@@ -174,7 +174,7 @@ class _Attention:
         q = q.reshape(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
         start, counts = (self.nothing, 0) if now.closed is None else (now.closed, 1)
         scores = torch.baddbmm(start, q, seen.mT, beta=counts, alpha=self.scale)  # [B, T · H, S]
-        heads = torch.bmm(_softmax(scores), seen[..., : self.latent])  # [B, T · H, C]
+        heads = torch.bmm(_softmax(scores), seen.narrow(2, 0, self.latent))  # [B, T · H, C]
         if not self.folds:
             heads = torch.bmm(heads.view(n, self.heads, -1).transpose(0, 1), self.w_uv).transpose(0, 1)  # [B · T, H, V]
         return self.out.added(x, heads.reshape(n, -1))
