@@ -211,7 +211,7 @@ def test_a_draft_that_is_always_right_halves_the_steps(
     prompt = ids_of(vocabulary, "the fox")
     text = alone(model, vocabulary, prompt, greedy(41))
 
-    def knows(self: Engine, requests: list[Request], hidden: Tensor, last: list[int]) -> None:
+    def knows(self: Engine, requests: list[Request], hidden: Tensor, *rest: object) -> None:
         for request in requests:
             request.draft = [*text, 0][len(request.drawn)]
 
@@ -288,7 +288,7 @@ def test_texts_drawn_with_drafts_have_the_exact_distribution(
 def _often_right(model: Transformer) -> object:
     """Drafts from the model's own distribution over the next token, by the race that will decide there."""
 
-    def drafts(self: Engine, requests: list[Request], hidden: Tensor, last: list[int]) -> None:
+    def drafts(self: Engine, requests: list[Request], hidden: Tensor, *rest: object) -> None:
         alike: dict[int, list[Request]] = {}
         for request in requests:
             alike.setdefault(len(request.entry.tokens), []).append(request)

@@ -156,7 +156,7 @@ def test_a_cache_that_loses_positions_is_noticed(vocabulary: Tokenizer, monkeypa
 def both_ways(model: Transformer, rows: int, new: int = 1, steps: int = 6) -> tuple[Tensor, Tensor]:
     """Logits [steps, B, new, V] of random tokens after a prompt of 13, `new` at a time: the runner's and the model's.
 
-    Where there is an MTP module, its logits come behind, as if they were those of as many tokens more.
+    Where there is an MTP module, the logits of its draft come behind; the model's are those of the whole text.
     """
     runner, config = Runner(model.eval()), model.config
     tokens = 13 + steps * new
@@ -172,17 +172,24 @@ def both_ways(model: Transformer, rows: int, new: int = 1, steps: int = 6) -> tu
             places = cache.at(pages, [0] * rows, [13] * rows)
             hidden = model(ids[:, :13], places.positions, cache=cache.views(places))
             if drafts:
-                model.draft(hidden, ids[:, 1:14], places.positions, cache.views(places)[-1])
+                model.remember(hidden, ids[:, 1:14], places.positions, cache.views(places)[-1])
         for at in range(13, tokens, new):
-            now, following = ids[:, at : at + new], ids[:, at + 1 : at + new + 1]
+            fresh, following = ids[:, at : at + new], ids[:, at + 1 : at + new + 1]
             places = caches[0].at(pages, [at] * rows, [new] * rows)
-            hidden = runner.step(now, caches[0], runner.at(places))
-            states = [hidden, runner.draft(hidden, following, caches[0], runner.at(places))] if drafts else [hidden]
-            ours.append(runner.logits(torch.cat(states, dim=1).flatten(0, 1)).unflatten(0, (rows, -1)))
-            layers = caches[1].views(places)
-            hidden = model(now, places.positions, cache=layers)
-            states = [hidden, model.draft(hidden, following, places.positions, layers[-1])] if drafts else [hidden]
-            theirs.append(model.lm_head(torch.cat(states, dim=1)))
+            now = runner.at(places)
+            hidden = runner.step(fresh, caches[0], now)
+            if drafts:
+                last = torch.arange(new - 1, rows * new, new)
+                then = runner.at(caches[0].at(pages, [at + new - 1] * rows, [1] * rows))
+                drafted = runner.draft(hidden, following, last, caches[0], now, then)
+                hidden = torch.cat((hidden, drafted[:, None]), dim=1)
+            ours.append(runner.logits(hidden.flatten(0, 1)).unflatten(0, (rows, -1)))
+            hidden = model(fresh, places.positions, cache=caches[1].views(places))
+            if drafts:
+                whole, where = ids[:, : at + new + 1], torch.arange(at + new + 1).expand(rows, -1)
+                drafted = model.predict_further(model(whole, where), whole, where)[0][:, -1:]
+                hidden = torch.cat((hidden, drafted), dim=1)
+            theirs.append(model.lm_head(hidden))
     return torch.stack(ours).double(), torch.stack(theirs).double()
 
 

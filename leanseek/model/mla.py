@@ -59,14 +59,17 @@ class MLA(nn.Module):
         # q_nope [B, T, H, N] and q_rope [B, T, H, R]
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        latent = self.kv_a_layernorm(latent)  # [B, T, C]
-        k_rope = apply_rope(k_rope, cos, sin)  # [B, T, R], one key for all heads
+        latent, k_rope = self.compress(x, rope)
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)
         absorb = cache is not None and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
         heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
+
+    def compress(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R]."""
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return self.kv_a_layernorm(latent), apply_rope(k_rope, *rope)
 
     def direct(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C], k_rope [B, S, R] → [B, T, H, V]."""

@@ -30,11 +30,18 @@ class MTPModule(nn.Module):
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
-        cache: LatentCache | None = None,
     ) -> Tensor:
         """embedding of token i + k and hidden state i of the depth before, both [B, T, D] → [B, T, D].
 
         The result is normed: it goes to the head, and to the next depth, as the main model's own final state does.
         """
-        x = self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
-        return self.norm(self.block(x, rope, mask, cache))
+        return self.norm(self.block(self.join(embedding, hidden), rope, mask))
+
+    def remember(self, embedding: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> None:
+        """Keeps what later tokens will look back to, and computes nothing else: most of a module's work is for its
+        output, and in generation only the newest token's is asked for."""
+        x = self.block.input_layernorm(self.join(embedding, hidden))
+        cache.append(*self.block.self_attn.compress(x, rope))
+
+    def join(self, embedding: Tensor, hidden: Tensor) -> Tensor:
+        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))

@@ -69,17 +69,15 @@ class Transformer(nn.Module):
             further.append(hidden)
         return further
 
-    def draft(self, hidden: Tensor, ids: Tensor, positions: Tensor, cache: LatentCache) -> Tensor:
-        """The first MTP module in generation (report §5.4.3).
+    def remember(self, hidden: Tensor, ids: Tensor, positions: Tensor, cache: LatentCache) -> None:
+        """What the first MTP module keeps of a prompt, so that it can draft behind it (report §5.4.3).
 
-        hidden [B, T, D] of the tokens at positions [B, T], and the ids [B, T] of those that follow them → [B, T, D],
-        from which the head foretells the ones after these.
+        hidden [B, T, D] of the tokens at positions [B, T], and the ids [B, T] of those that follow them.
         """
         assert self.embed_tokens is not None
         embedded, module = self.embed_tokens(ids).to(self.dtype), next(iter(self.mtp.values()))
-        return module(
-            embedded, hidden, rotary(positions, self.config), attention_mask(positions, None, cached=True), cache
-        )
+        assert isinstance(module, MTPModule)
+        module.remember(embedded, hidden, rotary(positions, self.config), cache)
 
     def routers(self) -> dict[str, Router]:
         """Every router by name, those of the MTP modules included."""

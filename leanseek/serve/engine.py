@@ -21,7 +21,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.serve.cache import PAGE, Cache
 from leanseek.serve.grammar import Grammar, Grammars
-from leanseek.serve.runner import Runner
+from leanseek.serve.runner import Now, Runner
 from leanseek.serve.sampling import Sampling, adjust, draw
 from leanseek.serve.scheduler import Entry, Pages, Scheduler
 from leanseek.serve.speculate import follow
@@ -242,11 +242,7 @@ class Engine:
         ended = time.perf_counter()
         self.metrics.step_seconds += ended - began
         if self.speculates:
-            # A draft that was wrong leaves a place whose token is not known yet: it is filled when that is read.
-            rows = [[max(token, 0) for token in tokens] + [0] * (new - len(tokens)) for tokens in followed]
-            following = torch.tensor(rows, device=self.device)
-            hidden = self.runner.draft(hidden, following, self.cache, now)
-            self._draft(requests, hidden, [len(tokens) - 1 for tokens in followed])
+            self._draft(requests, hidden, followed, now)
             self.metrics.draft_seconds += time.perf_counter() - ended
 
     def _read(self, group: list[tuple[Entry, int]]) -> list[Request]:
@@ -261,30 +257,44 @@ class Engine:
             self.scheduler.has_read(entry, count)
         requests = [self.requests[entry] for entry in entries]
         done = [row for row, entry in enumerate(entries) if not entry.unread]
-        if done:
-            logits = self.runner.logits(hidden[done, [counts[row] - 1 for row in done]].to(self.runner.dtype))
-            for row, token in zip(done, self.choose(logits, [requests[row] for row in done]), strict=True):
-                self._push(requests[row], token)
+        answered = [requests[row] for row in done]
+        hidden_of_last = hidden[done, [counts[row] - 1 for row in done]].to(self.runner.dtype)
+        tokens = self.choose(self.runner.logits(hidden_of_last), answered) if done else []
+        followed = [[self._push(request, token)] for request, token in zip(answered, tokens, strict=True)]
         if self.speculates:
             following = self._ids(group, [start + 1 for start in starts], longest)
-            hidden = self.model.draft(hidden, following, places.positions, layers[-1])
-            last = [counts[row] - 1 for row in done]
-            self._draft([requests[row] for row in done], hidden[done].to(self.runner.dtype), last)
+            self.model.remember(hidden, following, places.positions, layers[-1])
+            if done:
+                pages, last = [request.entry.pages for request in answered], [r.entry.read - 1 for r in answered]
+                now = self.runner.at(self.cache.at(pages, last, [1] * len(done)))
+                self._draft(answered, hidden_of_last[:, None], followed, now)
         self.metrics.read_seconds += time.perf_counter() - began
-        return [requests[row] for row in done]
+        return answered
 
     def _ids(self, group: Iterable[tuple[Entry, int]], starts: Sequence[int], longest: int) -> Tensor:
         """count tokens of each from its start on, 0 where there are none [B, longest]."""
         rows = [entry.tokens[start : start + count] for (entry, count), start in zip(group, starts, strict=True)]
         return torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=self.device)
 
-    def _draft(self, requests: list[Request], hidden: Tensor, last: list[int]) -> None:
-        """What comes next in every text, from the MTP module's hidden states [B, T, D] at the place `last` of each."""
-        rows = [row for row, request in enumerate(requests) if request.finish_reason is None]
-        if rows:
-            logits = self.runner.logits(hidden[rows, [last[row] for row in rows]])
-            drawing = [requests[row] for row in rows]
-            for request, token in zip(drawing, self.choose(logits, drawing, tell=False), strict=True):
+    def _draft(self, requests: list[Request], hidden: Tensor, followed: list[list[int]], now: Now) -> None:
+        """Drafts what comes next in every text, from its hidden states [B, T, D] and the tokens that followed them."""
+        new = hidden.shape[1]
+        # A draft that was wrong leaves a place whose token is not known yet: it is filled when that is read.
+        following = [[max(token, 0) for token in tokens] + [0] * (new - len(tokens)) for tokens in followed]
+        last, then = [row * new + len(tokens) - 1 for row, tokens in enumerate(followed)], now
+        if new > 1:
+            entries = [request.entry for request in requests]
+            ends = [entry.read - 1 for entry in entries]
+            then = self.runner.at(self.cache.at([entry.pages for entry in entries], ends, [1] * len(entries)))
+        tokens, rows = torch.tensor(following, device=self.device), torch.tensor(last, device=self.device)
+        states = self.runner.draft(hidden, tokens, rows, self.cache, now, then)
+        going = [row for row, request in enumerate(requests) if request.finish_reason is None]
+        if going:
+            drawing = [requests[row] for row in going]
+            states = states if len(going) == len(requests) else states[going]
+            for request, token in zip(
+                drawing, self.choose(self.runner.logits(states), drawing, tell=False), strict=True
+            ):
                 request.draft = token
 
     def choose(self, logits: Tensor, requests: Sequence[Request], tell: bool = True) -> list[int]:

@@ -74,11 +74,15 @@ class Runner:
         return self.norm(x).view(*tokens.shape, -1)
 
     @torch.inference_mode()
-    def draft(self, hidden: Tensor, tokens: Tensor, cache: Cache, now: "Now") -> Tensor:
-        """The MTP module over `step`'s hidden states [B, T, D] and the tokens that follow them [B, T] → [B, T, D]."""
+    def draft(self, hidden: Tensor, tokens: Tensor, last: Tensor, cache: Cache, now: "Now", then: "Now") -> Tensor:
+        """The MTP module over `step`'s hidden states [B, T, D] and the tokens that follow them [B, T].
+
+        Only what it makes of one place in each row is asked for: the `last` [B], counted over all B · T, which lie at
+        the places of `then`. Returns [B, D].
+        """
         assert self.mtp is not None
         embedded = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
-        return self.mtp(hidden.flatten(0, 1), embedded, cache.layers[-1], now).view_as(hidden)
+        return self.mtp(hidden.flatten(0, 1), embedded, last, cache.layers[-1], now, then)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -120,10 +124,13 @@ class _MTP:
         self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype)
         self.norm = _Norm(module.norm, activations)
 
-    def __call__(self, hidden: Tensor, embedded: Tensor, kept: Tensor, now: Now) -> Tensor:
-        """hidden, embedded [B · T, D] → [B · T, D]."""
-        x = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1))
-        return self.norm(self.layer(x, kept, now))
+    def __call__(self, hidden: Tensor, embedded: Tensor, last: Tensor, kept: Tensor, now: Now, then: Now) -> Tensor:
+        """hidden, embedded [B · T, D] → [B, D]."""
+        x, layer = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)), self.layer
+        q = layer.attention.remember(layer.before_attention(x), kept, now)
+        x, q = x[last], q[last]
+        x = layer.attention.attend(x, q, kept, then)
+        return self.norm(layer.mlp(x, layer.before_mlp(x)))
 
 
 class _Attention:
@@ -159,14 +166,22 @@ class _Attention:
 
     def __call__(self, x: Tensor, normed: Tensor, kept: Tensor, now: Now) -> Tensor:
         """x + attention(normed), both [B · T, D]; the new tokens' latents and keys go to their places in `kept`."""
-        n = x.shape[0]
+        return self.attend(x, self.remember(normed, kept, now), kept, now)
+
+    def remember(self, normed: Tensor, kept: Tensor, now: Now) -> Tensor:
+        """Keeps the latents and keys of normed [B · T, D]; returns what queries are made of [B · T, …]."""
         q, latent, key = self.down(normed).split([self.first, self.latent, self.rope], dim=-1)
+        turn(key, now.turns)
+        kept.index_copy_(0, now.places.slots, torch.cat((self.latent_norm(latent), key), dim=-1))
+        return q
+
+    def attend(self, x: Tensor, q: Tensor, kept: Tensor, now: Now) -> Tensor:
+        """x + what the queries [B · T, …] find in `kept` [B · T, D]."""
+        n = x.shape[0]
         if self.query_norm is not None and self.query_up is not None:
             q = self.query_up(self.query_norm(q))
         q = q.view(n, self.heads, -1)
-        turn(key, now.turns)
         turn(q.narrow(2, q.shape[2] - self.rope, self.rope), now.turns_of_heads)
-        kept.index_copy_(0, now.places.slots, torch.cat((self.latent_norm(latent), key), dim=-1))
         if not self.folds:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
