@@ -260,10 +260,10 @@ def _blind(now: Now) -> Now:
 def test_a_fault_in_the_runner_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Transformer(tiny(max_position_embeddings=64))
     fill(model)
-    assert apart(both_ways(model, 2)) < 1e-4
+    assert apart(both_ways(model, 2, new=2)) < 1e-4
     owner, name, changed = FAULTS[fault]()
     monkeypatch.setattr(owner, name, changed(getattr(owner, name)))
-    assert apart(both_ways(model, 2)) > 1e-2
+    assert apart(both_ways(model, 2, new=2)) > 1e-2
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -64,6 +64,7 @@ class Cache:
             torch.tensor(table, device=device),
             size,
             length,
+            width == 1 and min(ends) == length,
             table[0] * size if one_piece else None,
         )
 
@@ -81,6 +82,7 @@ class Places:
     table: Tensor  # [B · N] each row's pages in order, 0 behind its last
     size: int  # Z
     length: int  # S, the new tokens included
+    even: bool  # whether every row has one new token and S in all, so that it may see everything
     start: int | None  # the first slot of an only row whose pages follow one another
 
     def seen(self, layer: Tensor) -> Tensor:

@@ -53,9 +53,9 @@ class Runner:
     def at(self, places: Places) -> "Now":
         """What all layers share of a step at these places."""
         rows, new = places.positions.shape
-        if rows == new == 1:
+        if places.even:
             turns = self.turns[places.length - 1]
-            return Now(places, 1, turns, turns, None)
+            return Now(places, rows, turns, turns, None)
         queries = places.positions.flatten()
         hidden = torch.arange(places.length, device=queries.device) > queries[:, None]
         closed = torch.zeros(hidden.shape, dtype=self.dtype, device=queries.device).masked_fill_(hidden, -math.inf)
@@ -96,9 +96,9 @@ class Now:
 
     places: Places
     rows: int  # B
-    turns: Tensor  # [B · T, R/2], or [R/2] of a single token
+    turns: Tensor  # [B · T, R/2], or [R/2] where all are at one position
     turns_of_heads: Tensor  # [B · T, 1, R/2], or the same [R/2]
-    closed: Tensor | None  # [B, 1 or T · H, S] minus infinity where a query may not look; a single token sees all
+    closed: Tensor | None  # [B, 1 or T · H, S] minus infinity where a query may not look; None where all may see all
 
 
 class _Layer:
