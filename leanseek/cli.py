@@ -184,6 +184,44 @@ def chat(
     run_chat(run, system, Sampling(temperature=temperature, top_p=top_p, max_tokens=max_tokens, seed=seed))
 
 
+@app.command()
+def serve(
+    run: Run,
+    host: Annotated[str, typer.Option(help="0.0.0.0 opens it to the network: then set a key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="The model's name; the run folder's unless told.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Clients must send the key that stands in this file.")
+    ] = None,
+    api_key: Annotated[
+        str | None, typer.Option(metavar="KEY", help="The key itself; others on this machine can see it in `ps`.")
+    ] = None,
+    max_running: Annotated[int, typer.Option(help="Requests that are answered side by side.")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="Requests that may wait beside them; more are sent away.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Most tokens of one answer; the model's context unless told.")
+    ] = None,
+    cache_tokens: Annotated[
+        int | None, typer.Option(help="Tokens the cache holds; all that may run, or a quarter of memory, unless told.")
+    ] = None,
+    body_mb: Annotated[float, typer.Option(help="Largest request, in millions of bytes.")] = 4.0,
+    grace: Annotated[float, typer.Option(help="Seconds that answers may go on after a signal to stop.")] = 30.0,
+    speculation: Annotated[
+        bool, typer.Option("--speculation/--no-speculation", help="Draft with the MTP module, if there is one.")
+    ] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")] = "auto",
+) -> None:
+    """Serve a run over HTTP: OpenAI's and DeepSeek's API, and a chat page."""
+    from leanseek.serve.server import Options
+    from leanseek.serve.server import serve as run_server
+
+    options = Options(
+        host, port, name, api_key, api_key_file, max_running, max_waiting, max_tokens, cache_tokens, body_mb, grace,
+        speculation, device,
+    )  # fmt: skip
+    run_server(run, options)
+
+
 @app.command("import")
 def import_(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A released checkpoint, or what export wrote.")],
