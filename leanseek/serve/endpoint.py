@@ -7,7 +7,7 @@ loop, handed to the engine's thread, and answered whole or as server-sent events
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -344,7 +344,9 @@ def _error(status: int, message: str, param: str | None = None, code: str | None
 async def _bad_input(request: Request, error: Exception) -> Response:
     message = str(error)
     word = message.partition(" ")[0].rstrip(":")
-    return _error(400, message, word if word in ChatRequest.model_fields | CompletionRequest.model_fields else None)
+    param = word if word in ChatRequest.model_fields | CompletionRequest.model_fields else None
+    code = "context_length_exceeded" if "context holds" in message else None
+    return _error(400, message, param, code)
 
 
 async def _not_valid(request: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from leanseek.config import BadInput
-from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, THINK, Tokenizer
+from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, THINK
 from leanseek.serve.answers import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, FENCE_OPENS, SEPARATOR
 from leanseek.serve.sampling import Sampling
 from leanseek.serve.schemas import (
@@ -82,7 +82,7 @@ class Prompts:
             begin, hole, end = (self._special(name) for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
             return [[bos, begin, *encode(body.prompt), hole, *encode(body.suffix), end]]
         prompts = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else body.prompt
-        ids = [[bos, *encode(prompt)] if isinstance(prompt, str) else list(prompt) for prompt in prompts]  # type: ignore[arg-type]
+        ids = [[bos, *encode(prompt)] if isinstance(prompt, str) else list(prompt) for prompt in prompts]
         for prompt in ids:
             unknown = next((number for number in prompt if number >= self.tokenizer.vocab_size), None)
             if unknown is not None:

@@ -176,10 +176,9 @@ class Worker:
                 self._live[id(request)] = _Live(request, answers, index)
         except Exception as error:  # BadInput of the client, most often; the loop decides what it means
             self._cancel(answers)
-            refusal = error
-            self._loop.call_soon_threadsafe(lambda: accepted.done() or accepted.set_exception(refusal))
+            self._loop.call_soon_threadsafe(_settle, accepted, error)
         else:
-            self._loop.call_soon_threadsafe(lambda: accepted.done() or accepted.set_result(None))
+            self._loop.call_soon_threadsafe(_settle, accepted, None)
 
     def _cancel(self, answers: Answers) -> None:
         for key, live in list(self._live.items()):
@@ -189,7 +188,8 @@ class Worker:
                     self.engine.cancel(live.request)
 
     def _deliver(self, changed: "list[Request]") -> None:
-        now, came = time.perf_counter(), []
+        now = time.perf_counter()
+        came: list[tuple[Answers, Piece | Closed]] = []
         for request in changed:
             live = self._live.get(id(request))
             if live is None:
@@ -212,7 +212,17 @@ class Worker:
             for live in self._live.values():
                 self.engine.cancel(live.request)
         self._live.clear()
-        self._loop.call_soon_threadsafe(self._hand_over, [(answers, Closed(why)) for answers in waiting.values()])
+        told: list[tuple[Answers, Piece | Closed]] = [(answers, Closed(why)) for answers in waiting.values()]
+        self._loop.call_soon_threadsafe(self._hand_over, told)
+
+
+def _settle(accepted: "asyncio.Future[None]", error: Exception | None) -> None:
+    if accepted.done():
+        return  # whoever waited is gone
+    if error is None:
+        accepted.set_result(None)
+    else:
+        accepted.set_exception(error)
 
 
 @dataclass
