@@ -47,7 +47,12 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, grace: float) -> None:
         config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=CUT_SECONDS
+            app,
+            log_level="warning",
+            access_log=False,
+            ws="none",
+            server_header=False,
+            timeout_graceful_shutdown=CUT_SECONDS,
         )
         super().__init__(config)
         self.worker: Worker = app.state.service.worker
