@@ -21,7 +21,9 @@ CONTEXT = 512
 
 def engine_of(vocabulary: Tokenizer, **options: int) -> Engine:
     """A model with an MTP module, so that it drafts."""
-    return Engine(model_of(vocabulary, max_position_embeddings=CONTEXT, num_nextn_predict_layers=1), vocabulary, **options)
+    return Engine(
+        model_of(vocabulary, max_position_embeddings=CONTEXT, num_nextn_predict_layers=1), vocabulary, **options
+    )
 
 
 class Scripted(Engine):

@@ -149,7 +149,10 @@ def test_choices_have_seeds_that_follow_one_another(client: openai.OpenAI, llm: 
 
 
 def test_without_a_seed_chance_chooses(client: openai.OpenAI) -> None:
-    said = {client.chat.completions.create(model=NAME, messages=FOX, max_tokens=12).choices[0].message.content for _ in "abc"}
+    said = {
+        client.chat.completions.create(model=NAME, messages=FOX, max_tokens=12).choices[0].message.content
+        for _ in "abc"
+    }
     assert len(said) == 3
 
 
@@ -179,7 +182,9 @@ def test_drawing_does_what_it_is_told(client: openai.OpenAI, vocabulary: Tokeniz
     )
     assert (stopped.choices[0].message.content, stopped.choices[0].finish_reason) == (" ", "stop")
     likeliest = [
-        client.chat.completions.create(model=NAME, messages=FOX, max_tokens=9, extra_body=extra).choices[0].message.content
+        client.chat.completions.create(model=NAME, messages=FOX, max_tokens=9, extra_body=extra)
+        .choices[0]
+        .message.content
         for extra in ({"top_k": 1}, {"min_p": 1.0}, {"temperature": 0}, {"top_p": 1e-9})
     ]
     assert len(set(likeliest)) == 1
@@ -194,9 +199,11 @@ def test_logprobs_are_the_engines(client: openai.OpenAI, llm: LLM, vocabulary: T
     request = llm.engine.submit(vocabulary.encode_chat(FOX), Sampling(seed=4, max_tokens=8, logprobs=3))
     while llm.engine.busy:
         llm.engine.step()
-    found = client.chat.completions.create(
-        model=NAME, messages=FOX, seed=4, max_tokens=8, logprobs=True, top_logprobs=3
-    ).choices[0].logprobs.content
+    found = (
+        client.chat.completions.create(model=NAME, messages=FOX, seed=4, max_tokens=8, logprobs=True, top_logprobs=3)
+        .choices[0]
+        .logprobs.content
+    )
     assert [entry.logprob for entry in found] == pytest.approx([entry.logprob for entry in request.logprobs], abs=1e-5)
     assert [bytes(entry.bytes) for entry in found] == [vocabulary.token_bytes(token) for token in request.drawn]
     assert [len(entry.top_logprobs) for entry in found] == [3] * 8
@@ -236,7 +243,9 @@ def test_a_prefix_is_gone_on_from(vocabulary: Tokenizer) -> None:
     prompts = Prompts(engine_of(vocabulary))
 
     def ids(last: dict[str, Any]) -> list[int]:
-        return prompts.chat(ChatRequest(model=NAME, messages=[*FOX, {"role": "assistant", "prefix": True} | last])).prompt
+        return prompts.chat(
+            ChatRequest(model=NAME, messages=[*FOX, {"role": "assistant", "prefix": True} | last])
+        ).prompt
 
     opening = vocabulary.encode_chat(FOX)
     assert ids({"content": "The fox"}) == opening + vocabulary.encode("The fox")
@@ -325,7 +334,7 @@ def call_text(name: str, arguments: str) -> str:
 
 
 def test_calls_of_tools_come_out_apart_whole_and_streamed(vocabulary: Tokenizer) -> None:
-    calls = f"{call_text('look', '{"where": "left"}')}\n{call_text('sleep', '{}')}"
+    calls = call_text("look", '{"where": "left"}') + "\n" + call_text("sleep", "{}")
     with (
         served(Scripted(vocabulary, f"I look.{CALLS_BEGIN}{calls}{CALLS_END}")) as found,
         openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0) as client,
@@ -349,7 +358,11 @@ def test_calls_of_tools_come_out_apart_whole_and_streamed(vocabulary: Tokenizer)
         # What came back goes in again, with what the tool said.
         answered = [
             *FOX,
-            {"role": "assistant", "content": None, "tool_calls": [call.model_dump() for call in whole.message.tool_calls]},
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [call.model_dump() for call in whole.message.tool_calls],
+            },
             {"role": "tool", "tool_call_id": whole.message.tool_calls[0].id, "content": "a fox"},
         ]
         client.chat.completions.create(model=NAME, messages=answered, tools=[LOOK, SLEEP])
@@ -387,7 +400,7 @@ CASES: dict[str, tuple[bool, bool, bool, str, list[Part]]] = {
         False,
         True,
         True,
-        f"Well. {CALLS_BEGIN}{call_text('f', '{"a": "`"}')}\n{call_text('g', '')}{CALLS_END}",
+        f"Well. {CALLS_BEGIN}" + call_text("f", '{"a": "`"}') + "\n" + call_text("g", "") + CALLS_END,
         [Part("content", "Well. "), Part("call", "f"), Part("arguments", '{"a": "`"}'), Part("call", "g", 1)]
         + [Part("arguments", "{}", 1)],
     ),
@@ -395,7 +408,7 @@ CASES: dict[str, tuple[bool, bool, bool, str, list[Part]]] = {
         True,
         True,
         True,
-        f"x</think>\n\n{CALLS_BEGIN}{call_text('f', '{}')}{CALLS_END}",
+        f"x</think>\n\n{CALLS_BEGIN}" + call_text("f", "{}") + CALLS_END,
         [Part("reasoning", "x"), Part("call", "f"), Part("arguments", "{}")],
     ),
     "V3.1's form": (
@@ -409,7 +422,7 @@ CASES: dict[str, tuple[bool, bool, bool, str, list[Part]]] = {
         False,
         True,
         True,
-        f'{CALLS_BEGIN}{call_text("f", '{"a"')}'.removesuffix(CALL_END),
+        CALLS_BEGIN + call_text("f", '{"a"').removesuffix(CALL_END),
         [Part("call", "f"), Part("arguments", '{"a"')],
     ),
     "cut off before its name": (
@@ -662,7 +675,10 @@ def test_a_full_house_says_when_to_come_again(vocabulary: Tokenizer) -> None:
 
 
 def test_an_answer_has_the_limit_where_nobody_asks(vocabulary: Tokenizer) -> None:
-    with served(Scripted(vocabulary, "a" * 50), Limits(max_tokens=7)) as found, httpx.Client(base_url=found.url) as http:
+    with (
+        served(Scripted(vocabulary, "a" * 50), Limits(max_tokens=7)) as found,
+        httpx.Client(base_url=found.url) as http,
+    ):
         body = chat()
         del body["max_tokens"]
         got = http.post("/v1/chat/completions", json=body).json()
@@ -813,8 +829,8 @@ EVIL = [
     "[a](data:text/html;base64,PHNjcmlwdD4=)",
     "![a](https://example.org/pixel.png)",
     '[a](https://example.org "x\\" onmouseover=alert(1) ")',
-    "<https://example.org/\"onclick=alert(1)>",
-    "```html\" onclick=alert(1)\nx\n```",
+    '<https://example.org/"onclick=alert(1)>',
+    '```html" onclick=alert(1)\nx\n```',
     "<svg/onload=alert(1)>",
     "<a href='//example.org' style='position:fixed'>x</a>",
     "[a](//example.org) [b](/v1/models)",
@@ -837,7 +853,9 @@ def test_nothing_a_model_writes_can_run_or_load(text: str) -> None:
 
 
 def test_markdown_keeps_its_shape() -> None:
-    rendered = Renderer()("# One\n\n- **two** ~~three~~\n\n```python\nx < 1\n```\n\n| a |\n|---|\n| b |\n\n[c](https://d.org)")
+    rendered = Renderer()(
+        "# One\n\n- **two** ~~three~~\n\n```python\nx < 1\n```\n\n| a |\n|---|\n| b |\n\n[c](https://d.org)"
+    )
     for part in (
         "<h1>One</h1>",
         "<strong>two</strong> <s>three</s>",
@@ -899,13 +917,17 @@ def test_the_command_serves_until_it_is_asked_to_stop(run_folder: Path, tmp_path
     (tmp_path / "key").write_text("open sesame\n")
     command = [sys.executable, "-m", "leanseek", "serve", str(run_folder), "--port", "0", "--device", "cpu"]
     command += ["--api-key-file", str(tmp_path / "key")]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
         url = re.match(r"fox: (http://127\.0\.0\.1:\d+) has the chat page", line)
         assert url, line
         with openai.OpenAI(base_url=f"{url[1]}/v1", api_key="open sesame", max_retries=20) as client:
-            assert client.chat.completions.create(model="fox", messages=[{"role": "user", "content": "so"}], max_tokens=3)
+            assert client.chat.completions.create(
+                model="fox", messages=[{"role": "user", "content": "so"}], max_tokens=3
+            )
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
         assert "Traceback" not in process.stderr.read()

@@ -358,6 +358,8 @@ async def _not_valid(request: Request, error: Exception) -> Response:
     place = ".".join(path)
     if first["type"] == "json_invalid":
         return _error(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if first["type"] == "value_error" and not path:
+        return _error(400, first["msg"].removeprefix("Value error, "))
     if not path:
         return _error(400, "the body must be a JSON object, sent with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
