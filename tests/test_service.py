@@ -596,8 +596,6 @@ def test_ten_megabytes_are_too_much(client: openai.OpenAI, http: httpx.Client, t
     found = http.post("/v1/chat/completions", content=drops(), headers={"content-type": "application/json"})
     assert found.status_code == 413
     assert "4,194,304 bytes" in found.json()["error"]["message"]
-    wrong = http.get("/v1/models", headers={"content-length": "-5"})
-    assert wrong.status_code == 400
 
 
 def test_a_body_that_never_ends_is_let_go(vocabulary: Tokenizer) -> None:
@@ -662,7 +660,8 @@ def test_a_full_house_says_when_to_come_again(vocabulary: Tokenizer) -> None:
         httpx.Client(base_url=found.url) as http,
     ):
         with http.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=100)) as stream:
-            next(stream.iter_lines())
+            lines = stream.iter_lines()
+            next(lines)
             refused = http.post("/v1/chat/completions", json=chat())
             assert refused.status_code == 429
             assert int(refused.headers["retry-after"]) > 0
@@ -748,7 +747,8 @@ def test_who_leaves_frees_what_he_held(vocabulary: Tokenizer) -> None:
     with served(Scripted(vocabulary, "a" * 400, pause=0.01)) as found:
         with httpx.Client(base_url=found.url) as http:
             with http.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=400, n=3)) as stream:
-                next(stream.iter_lines())
+                lines = stream.iter_lines()
+                next(lines)
                 until(lambda: found.pages_used > 0)
             until(lambda: found.pages_used == 0, 2)
             with pytest.raises(httpx.ReadTimeout):
@@ -790,7 +790,7 @@ def test_our_own_mistake_is_no_trace_to_the_client(vocabulary: Tokenizer, monkey
 
 def test_closing_lets_what_runs_end_and_nobody_in(vocabulary: Tokenizer) -> None:
     with served(Scripted(vocabulary, "a" * 40, pause=0.02)) as found, httpx.Client(base_url=found.url) as http:
-        with http.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=40)) as stream:
+        with http.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=60)) as stream:
             lines = stream.iter_lines()
             next(lines)
             found.server.drain()
@@ -895,7 +895,7 @@ def test_options_that_cannot_be_are_one_line(tmp_path: Path, run_folder: Path) -
         for options, says in (
             (Options(port=port), f"cannot listen on 127.0.0.1 port {port}: address already in use"),
             (Options(host="no.such.host.invalid"), "cannot listen on no.such.host.invalid"),
-            (Options(port=70000), "cannot listen on 127.0.0.1 port 70000"),
+            (Options(port=70000), "--port must lie between 0 and 65535, got 70000"),
             (Options(port=0, max_running=0), "--max-running must be at least 1, got 0"),
             (Options(port=0, max_tokens=0), "--max-tokens must be at least 1"),
             (Options(port=0, max_waiting=-1), "--max-waiting must be at least 0"),
@@ -965,11 +965,11 @@ def test_nothing_that_fits_the_documents_or_does_not_breaks_the_service(vocabula
                     suppress_health_check=list(HealthCheck),
                 )
                 @given(case=found.as_strategy(generation_mode=mode))
-                def one(case: Any) -> None:
+                def one(case: Any, path: str = found.path) -> None:
                     if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
                         case.body["model"] = NAME  # else all there is to see is 404
                     response = case.call(session=client, base_url="http://testserver")
-                    seen.add((found.path, response.status_code))
+                    seen.add((path, response.status_code))
                     case.validate_response(response, checks=checks)
 
                 one()

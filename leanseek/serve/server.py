@@ -101,6 +101,8 @@ def serve(run: Path, options: Options) -> None:
 
 def listen(host: str, port: int) -> socket.socket:
     """A bound socket. Raises BadInput where the address is taken, or not ours."""
+    if not 0 <= port < 65536:
+        raise BadInput(f"--port must lie between 0 and 65535, got {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
