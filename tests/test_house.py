@@ -54,7 +54,12 @@ AT_CALL_TIME = ("__init__", "cli")
 LOADED_WHEN_CALLED = ("bench", "demo", "report")
 WITHOUT_TORCH = ("plan", "data")
 NAMES_TORCH_DISTRIBUTED = ("parallel", "checkpoint")
-HEAVY = {"torch", "numpy", "tokenizers", "safetensors", "matplotlib", "jinja2", "fastapi", "uvicorn", "zstandard"}
+HEAVY = {"torch", "numpy", "tokenizers", "safetensors", "matplotlib", "jinja2", "fastapi", "uvicorn", "zstandard"} | {
+    "nh3",
+    "markdown_it",
+    "prometheus_client",
+    "llguidance",
+}
 
 PACKAGE = "leanseek"
 

@@ -85,9 +85,9 @@ def test_a_chat_is_streamed_rendered_and_kept(page: Any, service: Served) -> Non
     assert page.inner_text(".assistant strong") == "Bold"
     assert page.inner_text(".code-top span") == "python"
     assert page.text_content(".code pre") == "x = 1\n"
-    assert not page.is_visible(".thoughts > div")
-    page.click(".thoughts summary")
-    assert page.inner_text(".thoughts > div") == "hm"
+    assert not page.is_visible(".assistant .thoughts > div")
+    page.click(".assistant .thoughts summary")
+    assert page.inner_text(".assistant .thoughts > div") == "hm"
     assert "tokens" in page.inner_text(".assistant .stats")
     assert "per second" in page.inner_text(".assistant .stats")
     page.reload()
@@ -99,7 +99,7 @@ def test_a_chat_is_streamed_rendered_and_kept(page: Any, service: Served) -> Non
 def test_stop_answer_again_and_edit(page: Any, service: Served) -> None:
     says(service, "word " * 300, 0.02)
     send(page, "first")
-    page.wait_for_function("document.querySelector('.assistant .text').innerText.includes('word')")
+    page.wait_for_function("() => document.querySelector('.assistant .text').innerText.includes('word')")
     page.keyboard.press("Escape")
     page.wait_for_selector(".assistant:not(.writing)")
     assert "stopped" in page.inner_text(".assistant .stats")

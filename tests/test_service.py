@@ -952,25 +952,27 @@ def test_nothing_that_fits_the_documents_or_does_not_breaks_the_service(vocabula
     seen: set[tuple[str, int]] = set()
     with TestClient(app, raise_server_exceptions=False) as client:
         schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+
+        def explore(path: str, cases: Any) -> None:
+            @settings(
+                max_examples=20,
+                deadline=None,
+                derandomize=True,
+                database=None,
+                phases=[Phase.generate],
+                suppress_health_check=list(HealthCheck),
+            )
+            @given(case=cases)
+            def one(case: Any) -> None:
+                if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
+                    case.body["model"] = NAME  # else all there is to see is 404
+                response = case.call(session=client, base_url="http://testserver")
+                seen.add((path, response.status_code))
+                case.validate_response(response, checks=checks)
+
+            one()
+
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             for operation in schema.get_all_operations():
-                found = operation.ok()
-
-                @settings(
-                    max_examples=25,
-                    deadline=None,
-                    derandomize=True,
-                    database=None,
-                    phases=[Phase.generate],
-                    suppress_health_check=list(HealthCheck),
-                )
-                @given(case=found.as_strategy(generation_mode=mode))
-                def one(case: Any, path: str = found.path) -> None:
-                    if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
-                        case.body["model"] = NAME  # else all there is to see is 404
-                    response = case.call(session=client, base_url="http://testserver")
-                    seen.add((path, response.status_code))
-                    case.validate_response(response, checks=checks)
-
-                one()
+                explore(operation.ok().path, operation.ok().as_strategy(generation_mode=mode))
     assert {("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/chat/completions", 400)} <= seen, seen
