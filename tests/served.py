@@ -34,7 +34,7 @@ class Scripted(Engine):
         self.script, self.pause = script, pause
 
     def choose(self, logits: Tensor, requests: Sequence[Request], tell: bool = True) -> list[int]:
-        ids = ids_of(self.tokenizer, self.script) + [self.tokenizer.eos_id]
+        ids = [*ids_of(self.tokenizer, self.script), self.tokenizer.eos_id]
         return [ids[len(request.drawn)] for request in requests]
 
     def step(self) -> list[Request]:

@@ -166,7 +166,9 @@ def test_a_phone_needs_no_scrolling_sideways_and_dark_is_dark(browser: Any, serv
     page.goto(service.url)
     send(page, "w" * 200)
     answered(page, "long")
-    widest = page.evaluate("Math.max(document.documentElement.scrollWidth, document.querySelector('.main').scrollWidth)")
+    widest = page.evaluate(
+        "Math.max(document.documentElement.scrollWidth, document.querySelector('.main').scrollWidth)"
+    )
     assert widest <= 360
     assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(17, 24, 27)"
     page.click("#theme")

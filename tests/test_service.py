@@ -1,7 +1,6 @@
-"""The HTTP service: OpenAI's own client against it, the engine's room as the oracle, and everything a client can break."""
+"""The HTTP service: OpenAI's own client against it, the engine as the oracle, and what a client can break."""
 
 import asyncio
-import io
 import json
 import os
 import re
@@ -9,8 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,7 +22,6 @@ from leanseek.config import BadInput
 from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
 from leanseek.serve.answers import CALL_BEGIN, CALL_END, CALLS_BEGIN, CALLS_END, SEPARATOR, Part, Reader
 from leanseek.serve.endpoint import Limits, create_app
-from leanseek.serve.engine import Engine
 from leanseek.serve.llm import LLM
 from leanseek.serve.markdown import Renderer
 from leanseek.serve.prompts import Prompts
@@ -401,8 +397,7 @@ CASES: dict[str, tuple[bool, bool, bool, str, list[Part]]] = {
         True,
         True,
         f"Well. {CALLS_BEGIN}" + call_text("f", '{"a": "`"}') + "\n" + call_text("g", "") + CALLS_END,
-        [Part("content", "Well. "), Part("call", "f"), Part("arguments", '{"a": "`"}'), Part("call", "g", 1)]
-        + [Part("arguments", "{}", 1)],
+        [Part("content", "Well. "), Part("call", "f"), Part("arguments", '{"a": "`"}'), Part("call", "g", 1), Part("arguments", "{}", 1)],
     ),
     "a call after thoughts": (
         True,
@@ -649,9 +644,9 @@ def test_a_key_is_asked_for(vocabulary: Tokenizer) -> None:
             key = {"authorization": "Bearer geheim ß".encode()}
             assert http.post("/v1/chat/completions", json=chat(), headers=key).status_code == 200
         assert "geheim" not in found.log.getvalue()
-        with openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.AuthenticationError):
-                client.models.list()
+        wrong = openai.OpenAI(base_url=f"{found.url}/v1", api_key="none", max_retries=0)
+        with wrong as client, pytest.raises(openai.AuthenticationError):
+            client.models.list()
 
 
 def test_a_full_house_says_when_to_come_again(vocabulary: Tokenizer) -> None:
@@ -807,12 +802,12 @@ def test_closing_lets_what_runs_end_and_nobody_in(vocabulary: Tokenizer) -> None
 
 def test_what_outlasts_the_grace_is_cut_off(vocabulary: Tokenizer) -> None:
     with served(Scripted(vocabulary, "a" * 400, pause=0.02), grace=0.1) as found:
-        with httpx.Client(base_url=found.url) as http:
-            with http.stream("POST", "/v1/chat/completions", json=chat(stream=True, max_tokens=400)) as stream:
-                lines = stream.iter_lines()
-                next(lines)
-                found.server.drain()
-                said = events(lines)
+        body = chat(stream=True, max_tokens=400)
+        with httpx.stream("POST", f"{found.url}/v1/chat/completions", json=body) as stream:
+            lines = stream.iter_lines()
+            next(lines)
+            found.server.drain()
+            said = events(lines)
         assert said[-1]["error"]["message"] == "the service is shutting down"
         found.thread.join(5)
         assert not found.thread.is_alive()
@@ -933,6 +928,15 @@ def test_the_command_serves_until_it_is_asked_to_stop(run_folder: Path, tmp_path
         assert "Traceback" not in process.stderr.read()
 
 
+@pytest.mark.slow
+def test_a_crowd_leaves_nothing_behind(run_folder: Path) -> None:
+    script = Path(__file__).parent.parent / "scripts" / "load.py"
+    command = [sys.executable, str(script), str(run_folder), "--seconds", "10"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"pages and requests left over +0\n", done.stdout)
+
+
 # ── anything at all ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -947,11 +951,10 @@ def test_nothing_that_fits_the_documents_or_does_not_breaks_the_service(vocabula
         status_code_conformance,
     )
 
-    app = create_app(engine_of(vocabulary), NAME, Limits(max_tokens=6))
     checks = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
     seen: set[tuple[str, int]] = set()
-    with TestClient(app, raise_server_exceptions=False) as client:
-        schema = schemathesis.openapi.from_dict(client.get("/openapi.json").json())
+    with served(engine_of(vocabulary), Limits(max_tokens=6)) as service:
+        schema = schemathesis.openapi.from_url(f"{service.url}/openapi.json")
 
         def explore(path: str, cases: Any) -> None:
             @settings(
@@ -966,7 +969,7 @@ def test_nothing_that_fits_the_documents_or_does_not_breaks_the_service(vocabula
             def one(case: Any) -> None:
                 if isinstance(case.body, dict) and isinstance(case.body.get("model"), str):
                     case.body["model"] = NAME  # else all there is to see is 404
-                response = case.call(session=client, base_url="http://testserver")
+                response = case.call(base_url=service.url)
                 seen.add((path, response.status_code))
                 case.validate_response(response, checks=checks)
 
