@@ -1,7 +1,7 @@
 """64 clients at once against a server of its own: nothing may fail that was not asked to, and no page may be left over.
 
-`python scripts/load.py RUN --seconds 180`. Each client, again and again, does one of
-these by chance: streams an answer of random length, leaves in the middle of one, or sends a malformed body. Exit code 1 on any violation.
+`python scripts/load.py RUN --seconds 180`. Each client, again and again, does one of these by chance: streams an answer
+of random length, leaves in the middle of one, or sends a malformed body. Exit code 1 on any violation.
 """
 
 import argparse

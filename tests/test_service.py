@@ -397,7 +397,8 @@ CASES: dict[str, tuple[bool, bool, bool, str, list[Part]]] = {
         True,
         True,
         f"Well. {CALLS_BEGIN}" + call_text("f", '{"a": "`"}') + "\n" + call_text("g", "") + CALLS_END,
-        [Part("content", "Well. "), Part("call", "f"), Part("arguments", '{"a": "`"}'), Part("call", "g", 1), Part("arguments", "{}", 1)],
+        [Part("content", "Well. "), Part("call", "f"), Part("arguments", '{"a": "`"}')]
+        + [Part("call", "g", 1), Part("arguments", "{}", 1)],
     ),
     "a call after thoughts": (
         True,
