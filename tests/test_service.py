@@ -397,8 +397,13 @@ CASES: dict[str, tuple[bool, bool, bool, str, list[Part]]] = {
         True,
         True,
         f"Well. {CALLS_BEGIN}" + call_text("f", '{"a": "`"}') + "\n" + call_text("g", "") + CALLS_END,
-        [Part("content", "Well. "), Part("call", "f"), Part("arguments", '{"a": "`"}')]
-        + [Part("call", "g", 1), Part("arguments", "{}", 1)],
+        [
+            Part("content", "Well. "),
+            Part("call", "f"),
+            Part("arguments", '{"a": "`"}'),
+            Part("call", "g", 1),
+            Part("arguments", "{}", 1),
+        ],
     ),
     "a call after thoughts": (
         True,
@@ -978,5 +983,7 @@ def test_nothing_that_fits_the_documents_or_does_not_breaks_the_service(vocabula
 
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
             for operation in schema.get_all_operations():
+                if mode is GenerationMode.NEGATIVE and operation.ok().method.lower() == "get":
+                    continue  # there is nothing to get wrong
                 explore(operation.ok().path, operation.ok().as_strategy(generation_mode=mode))
     assert {("/v1/chat/completions", 200), ("/v1/completions", 200), ("/v1/chat/completions", 400)} <= seen, seen
