@@ -158,6 +158,29 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     return forward_flops_per_token(config, sequence_length, mtp=False)
 
 
+def muon_flops(config: ModelConfig, steps: int = 5) -> float:
+    """FLOPs of orthogonalising every matrix of the blocks once, as Muon does at each optimizer step.
+
+    An iteration multiplies a matrix [r, c], r the shorter side, by its transpose, the result by itself, and that by the
+    matrix again.
+    """
+    d, heads, e = config.hidden_size, config.num_attention_heads, config.n_routed_experts
+    f, shared, queries = config.moe_intermediate_size, config.n_shared_experts, heads * config.qk_head_dim
+    kv = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    block = [
+        (d, config.kv_lora_rank + config.qk_rope_head_dim),
+        (config.kv_lora_rank, kv),
+        (heads * config.v_head_dim, d),
+    ]
+    block += [(d, config.q_lora_rank), (config.q_lora_rank, queries)] if config.q_lora_rank else [(d, queries)]
+    moe = [(d, f)] * (3 * e) + ([(d, f * shared)] * 3 if shared else []) + [(d, e)]
+    rows = []
+    for layer in range(config.num_hidden_layers):
+        rows += block + (moe if config.is_moe(layer) else [(d, config.intermediate_size)] * 3)
+    rows += config.num_nextn_predict_layers * [*block, *moe, (d, 2 * d)]
+    return steps * sum(4.0 * min(m) ** 2 * max(m) + 2.0 * min(m) ** 3 for m in rows)
+
+
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, mtp: bool = False) -> int:
     """Bytes of a cached token: the latent and the rotated key of each layer (V3 in BF16: 70,272, with MTP 71,424)."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)

@@ -6,16 +6,17 @@ fitted on one published row and on none of those it is held against (`rows.py`).
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 from leanseek.config import ModelConfig
 from leanseek.parallel.timetable import Costs, play
-from leanseek.plan.count import flops_per_token
+from leanseek.plan.count import flops_per_token, muon_flops
 from leanseek.plan.hardware import Hardware
 from leanseek.plan.layout import Layout, Piece, checked, runs
-from leanseek.plan.memory import rank_bytes
+from leanseek.plan.memory import RankMemory, rank_bytes
 
 MATMUL = 0.78  # of peak: DeepGEMM reaches 1550 of 1979 TFLOPS in FP8 on an H800
 ATTENTION_FORWARD = 0.65  # of BF16 peak: 1460 TFLOPS on a B200 (FlashMLA's dense kernel)
@@ -39,6 +40,8 @@ class Stack:
 STACKS = {
     "megatron": Stack("megatron", 0.766, "1,061 tokens/s on each of 1,024 H100 in BF16"),
     "torchtitan": Stack("torchtitan", 0.314, "651 tokens/s on each of 256 B200 in BF16"),
+    # This package's own trainer on a CPU, against the peak and the copy rate measured in the same run.
+    "leanseek": Stack("leanseek", 0.89, "bench-20m on one core in FP32"),
 }
 # The spread that a single row cannot show: the middle half of the validation rows' errors, see docs/plan.md.
 RANGE = 0.15
@@ -288,7 +291,7 @@ def estimate(model: ModelConfig, layout: Layout, hardware: Hardware, stack: Stac
     """Raises BadInput where the model cannot lie on the cluster that way."""
     checked(layout, model)
     of_run = runs(model, layout)
-    of_piece = {piece: piece_times(model, layout, hardware, piece) for run in of_run for piece in run}
+    of_piece = {piece: piece_times(model, layout, hardware, piece) for piece in set(itertools.chain(*of_run))}
     of_stage = [_sum(of_piece[piece] for piece in run) for run in of_run]
     # Which rank is slowest decides: the others wait for it at every micro-batch.
     of_rank = [
@@ -306,13 +309,17 @@ def estimate(model: ModelConfig, layout: Layout, hardware: Hardware, stack: Stac
             input_gradient=(backward - weights + within * 2 / 3 + exposed / 2) / per_stage,
             weight_gradient=weights / per_stage,
         )
-        bubble = _bubble(replace(layout, batch=0), min(n, _enough(layout, n)), costs)
+        bubble = _bubble(layout, _enough(layout, n), costs)
     last_backward = backward * min(n, 1)
-    sharing = sharing_seconds(model, layout, hardware)
+    memory = rank_bytes(model, layout)
+    sharing = sharing_seconds(layout, hardware, memory)
     hidden = min(sharing / 2, last_backward)  # gradients go while the last backward pass runs; weights come back after
     step = Step(
-        computing, n * exposed, n * within, bubble, sharing - hidden, optimizer_seconds(model, layout, hardware)
+        computing, n * exposed, n * within, bubble, sharing - hidden, optimizer_seconds(layout, hardware, memory)
     )
+    if layout.muon:  # each matrix once, spread over all devices
+        work = muon_flops(model) / layout.gpus / (hardware.peak("bf16") * MATMUL) / stack.efficiency
+        step = replace(step, optimizer=step.optimizer + work)
     return Estimate(layout, hardware, step, flops_per_token(model, layout.length))
 
 
@@ -334,7 +341,7 @@ def _one(times: Times, layout: Layout, stack: Stack) -> tuple[float, float, floa
 
 def _enough(layout: Layout, n: int) -> int:
     """Micro-batches after which a schedule's bubble no longer grows, of a kind that the schedule takes."""
-    enough = min(n, 4 * layout.pp)
+    enough = min(n, 2 * layout.pp)
     return enough - enough % layout.pp if layout.schedule == "Interleaved1F1B" else enough - enough % 2 or enough
 
 
@@ -348,16 +355,16 @@ def _relative_bubble(schedule: str, pp: int, chunks: int, n: int, forward: float
 def _bubble(layout: Layout, n: int, costs: Costs) -> float:
     """Seconds of idling; a schedule is played in shares of one micro-batch, rounded so that like ones share it."""
     whole = costs.forward + costs.backward
-    forward, weight = round(costs.forward / whole, 2), round(costs.weight_gradient / whole, 2)
+    forward, weight = (round(part / whole * 50) / 50 for part in (costs.forward, costs.weight_gradient))
     return whole * _relative_bubble(layout.schedule, layout.pp, layout.chunks, n, forward, weight)
 
 
-def sharing_seconds(model: ModelConfig, layout: Layout, hardware: Hardware) -> float:
+def sharing_seconds(layout: Layout, hardware: Hardware, ranks: list[RankMemory]) -> float:
     """Seconds to sum gradients over data-parallel ranks (FP32) and to hand new weights out (BF16), once a step.
 
     With shards of weights (FSDP) they are gathered for every forward and backward pass instead.
     """
-    memory = max(rank_bytes(model, layout), key=lambda each: each.gradients)
+    memory = max(ranks, key=lambda each: each.gradients)
     copies = layout.dp if layout.ep == 1 or layout.expert_dp == 1 else min(layout.dp, layout.expert_dp)
     if layout.dp * layout.copies == 1 or layout.adapters:
         return 0.0
@@ -371,11 +378,11 @@ def sharing_seconds(model: ModelConfig, layout: Layout, hardware: Hardware) -> f
     return memory.gradients / 4 * (4 + 2) / link
 
 
-def optimizer_seconds(model: ModelConfig, layout: Layout, hardware: Hardware) -> float:
+def optimizer_seconds(layout: Layout, hardware: Hardware, ranks: list[RankMemory]) -> float:
     """Seconds of an AdamW step over a rank's shards: master, gradient, moments read, master and moments written."""
     if layout.adapters:
         return 0.0
-    memory = max(rank_bytes(model, layout), key=lambda each: each.states)
+    memory = max(ranks, key=lambda each: each.states)
     values = memory.states / (4 + 2 * layout.moment_bytes)
     return values * (2 * (4 + 2 * layout.moment_bytes) + 4 + 2) / (hardware.memory_gb_per_second * 1e9 * MEMORY)
 

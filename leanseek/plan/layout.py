@@ -40,6 +40,7 @@ class Layout:
     fp8_of: Literal["all", "experts"] = "all"  # which matmuls run in FP8 where `precision` says so
     fp8_attention: bool = False
     moment_bytes: int = 4  # per value of each of the two moments
+    muon: bool = False  # matrices are orthogonalised at each step
     adapters: bool = False  # LoRA: weights are frozen, only small adapters are trained
     cuts: tuple[int, ...] | None = None  # pieces in each stage; None: as even as can be
 
@@ -94,6 +95,8 @@ class Layout:
 
     def named(self) -> str:
         """The mesh in one line, for people."""
+        if self.gpus == 1:
+            return f"one device, {self.precision}, recompute {self.recompute}"
         mesh = f"dp {self.dp} · pp {self.pp} · ep {self.ep}" + "".join(
             f" · {name} {ways}" for name, ways in (("tp", self.tp), ("cp", self.cp)) if ways > 1
         )

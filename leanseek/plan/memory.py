@@ -6,10 +6,10 @@ cluster's: BF16 weights, FP32 gradients, optimizer states in shards, flash atten
 Both add up one list of what a block keeps.
 """
 
+import functools
 import itertools
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 from leanseek.config import Config, ModelConfig
@@ -106,16 +106,17 @@ class RankMemory:
 
 def rank_bytes(model: ModelConfig, layout: Layout) -> list[RankMemory]:
     """What each pipeline rank holds at its peak; all ranks of a stage hold alike."""
-    of_stage = runs(model, layout)
-    peaks = _peaks(layout.schedule, layout.pp, layout.chunks, min(layout.micro_batches, 4 * layout.pp))
+    of_stage = [Counter(run) for run in runs(model, layout)]
+    dense, moe = (activation_bytes(model, kind, layout) for kind in (False, True))
+    peaks = _peaks(layout.schedule, layout.pp, layout.chunks, min(layout.micro_batches, 2 * layout.pp))
     tokens = layout.tokens_per_rank
     out = []
     for rank in range(layout.pp):
         held = [of_stage[stage] for stage in layout.stages_of(rank)]
-        count = Counter(piece for run in held for piece in run)
+        count = functools.reduce(Counter.__add__, held)
         experts, rest = _parameters_of(model, layout, count)
         # The timetable counts (stage, micro-batch) pairs; a rank's stages differ little, their mean stands for each.
-        stage = sum(_stage_activations(model, layout, run) for run in held) / len(held)
+        stage = sum(_stage_activations(model, layout, run, dense, moe) for run in held) / len(held)
         own = experts / layout.copies, rest / layout.copies  # copies share one optimizer state
         states = 4 + 2 * layout.moment_bytes
         if layout.shards == "all":
@@ -142,9 +143,9 @@ def rank_bytes(model: ModelConfig, layout: Layout) -> list[RankMemory]:
     return out
 
 
-@lru_cache(maxsize=512)
+@functools.lru_cache(maxsize=512)
 def _peaks(schedule: str, pp: int, chunks: int, batches: int) -> tuple[int, ...]:
-    """Stages' activations that each rank holds at most; from 4 · pp micro-batches on a schedule only repeats itself."""
+    """Stages' activations that each rank holds at most; from 2 · pp micro-batches on a schedule only repeats itself."""
     return peak_activations(Layout(pp, pp=pp, schedule=schedule, chunks=chunks).timetable(batches))
 
 
@@ -167,10 +168,8 @@ def why_not(model: ModelConfig, layout: Layout, hardware: Hardware) -> str | Non
     )
 
 
-def _stage_activations(model: ModelConfig, layout: Layout, run: list[Piece]) -> float:
-    """Bytes a stage keeps for a token."""
-    count = Counter(run)
-    dense, moe = (activation_bytes(model, kind, layout) for kind in (False, True))
+def _stage_activations(model: ModelConfig, layout: Layout, count: Counter[Piece], dense: float, moe: float) -> float:
+    """Bytes a stage keeps for a token; `dense` and `moe` are those of a block of either kind."""
     d = model.hidden_size
     joined = 2.0 * (3 * d) if layout.recompute != "full" else 2.0 * 2 * d  # eh_proj's inputs
     return (
@@ -215,16 +214,18 @@ class TrainerMemory:
     moments: float
     activations: float
     loss: float  # gradients of the head that the fused loss keeps for each depth, and one more while they are added up
+    updating: float  # what the optimizer makes and drops again, when activations and loss are gone
 
     @property
     def total(self) -> float:
-        return self.weights + self.gradients + self.moments + self.activations + self.loss
+        return self.weights + self.gradients + self.moments + max(self.activations + self.loss, self.updating)
 
 
 def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
-    """The peak of a step after the first: when the last micro-batch's backward pass begins, on a CPU.
+    """The peak of a step after the first, on a CPU: when the last micro-batch's backward pass begins, or in the update.
 
-    By then the earlier micro-batches have left their gradients, and everything this one kept is there.
+    At the former the earlier micro-batches have left their gradients, and everything this one kept is there. In the
+    latter Muon holds an update of every matrix, and those of the commonest shape, gate and up, joined and orthogonal.
     """
     model, width = config.model, 2 if config.train.dtype == "bf16" else 4
     length = config.stages[stage].sequence_length
@@ -244,12 +245,15 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     if width == 2:  # each matrix in BF16 beside the FP32 master, kept for the backward pass
         casts = 2.0 * (all_of_it - count.norms - count.embedding - count.head - count.router)
     head = 4.0 * count.head
+    moe = sum(model.is_moe(layer) for layer in range(model.num_hidden_layers)) + depths
+    gate_and_up = 2.0 * moe * (model.n_routed_experts + 1) * model.moe_intermediate_size * model.hidden_size
     return TrainerMemory(
         weights=4.0 * all_of_it,
         gradients=4.0 * all_of_it,
         moments=moments,
         activations=kept + casts,
         loss=head * (2 + depths),
+        updating=4.0 * (all_of_it - by_adam) + 2 * width * gate_and_up if muon else 0.0,
     )
 
 
