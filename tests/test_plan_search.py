@@ -244,6 +244,9 @@ def test_json_has_what_was_promised(capsys: pytest.CaptureFixture[str]) -> None:
     assert told["cost_usd"] == pytest.approx(told["gpu_hours"] * find("h100").usd_per_hour)
     assert told["gpu_hours"] == pytest.approx(1e11 / told["tokens_per_second_per_device"] / 3600)
     assert len(told["memory_per_rank_bytes"]) == told["mesh"]["pp"]
+    further = {row["stage"]: row["cost_usd"] for row in told["per_billion_tokens"]}
+    assert list(further) == ["SFT", "LoRA", "GRPO, rollout", "GRPO, training"]
+    assert further["LoRA"] < further["SFT"] < further["GRPO, training"]
 
 
 def test_v3s_own_layout_stands_beside_the_best_found() -> None:

@@ -106,7 +106,7 @@ def grpo(
     prompt: int = 512,
     answer: int = 1024,
 ) -> list[Stage]:
-    """Reinforcement learning: answers are rolled out, then learnt from.
+    """Reinforcement learning: answers are rolled out, then learnt from, prompts included. Raises BadInput.
 
     Training takes a forward and a backward pass with the policy, and a forward pass with the reference: 4/3 of a
     training step for each token.
@@ -119,6 +119,20 @@ def grpo(
         Stage("GRPO, rollout", texts * answer, rate, gpus, hardware, f"groups of {group}, units of {unit} devices"),
         Stage("GRPO, training", texts * (prompt + answer), got.tokens_per_second / (4 / 3), gpus, hardware),
     ]
+
+
+def per_billion(model: ModelConfig, got: Estimate, stack: Stack) -> list[Stage]:
+    """Every other stage on the same cluster, for a billion tokens each, where the cluster can do it."""
+    billion = 1e9
+    stages = [
+        Stage("SFT", billion, got.tokens_per_second, got.layout.gpus, got.hardware),
+        lora(model, got, stack, billion),
+    ]
+    try:
+        rollout, training = grpo(model, got, stack, prompts=billion / 16 / 1024)
+    except BadInput:  # its answers do not fit into the cluster
+        return stages
+    return [*stages, rollout, training]
 
 
 # The report gives the lengths, batches and steps of its extension (§4.3) and the number of its instructions (§5.1);

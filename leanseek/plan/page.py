@@ -126,9 +126,16 @@ def _stages(plan: Plan) -> str:
     if len(rows) > 1:
         hours, days, usd = (sum(getattr(s, key) for s in plan.stages) for key in ("device_hours", "days", "usd"))
         rows.append(["all", "", "", f"{hours:,.0f}", duration(days), money(usd)])
+    further = [
+        [stage.name, amount(stage.tokens), f"{stage.tokens_per_second:,.0f}", f"{stage.device_hours:,.1f}",
+         duration(stage.days), money(stage.usd)]
+        for stage in plan.per_billion
+    ]  # fmt: skip
     head = ["stage", "tokens", "tokens/s a device", "device hours", "time", "cost"]
     return _card(
-        "The bill", f"At ${plan.hardware.usd_per_hour:g} per device and hour.", _rows(head, rows, total=len(rows) > 1)
+        "The bill",
+        f"At ${plan.hardware.usd_per_hour:g} per device and hour.",
+        _rows(head, rows, total=len(rows) > 1) + "<br>" + _rows(["another billion tokens", *head[1:]], further),
     )
 
 

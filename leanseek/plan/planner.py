@@ -7,7 +7,7 @@ from typing import Any
 from leanseek.config import BadInput, Config, read_recipe, to_toml
 from leanseek.plan import bill, rows, serving, simulate
 from leanseek.plan.bill import Stage
-from leanseek.plan.count import flops_per_token, parameters
+from leanseek.plan.count import flops_per_token, parameters, recomputed_flops_per_token
 from leanseek.plan.estimate import STACKS, Estimate, Stack, estimate
 from leanseek.plan.hardware import Hardware, find
 from leanseek.plan.layout import SCHEDULE_NAMES, Layout, Precision, checked
@@ -39,6 +39,7 @@ class Plan:
     chosen: Estimate
     memory: list[RankMemory]
     stages: list[Stage]
+    per_billion: list[Stage]  # other stages, for a billion tokens each
     others: list[Estimate]  # further layouts that fit, cheapest first
     rejected: list[Rejected]
     tried: int
@@ -53,6 +54,9 @@ class Plan:
             "params_total": count.total,
             "params_activated": count.activated,
             "flops_per_token": self.chosen.flops_per_token,
+            "recomputed_flops_per_token": recomputed_flops_per_token(
+                self.config.model, layout.length, layout.recompute
+            ),
             "hardware": self.hardware.name,
             "gpus": layout.gpus,
             "tokens": main.tokens,
@@ -69,6 +73,7 @@ class Plan:
             "mesh": mesh_of(layout),
             "step_seconds": self.chosen.step.parts(),
             "stages": [stage.row() for stage in self.stages],
+            "per_billion_tokens": [stage.row() for stage in self.per_billion],
             "own": None
             if self.own is None
             else {"mesh": mesh_of(self.own.layout), "tokens_per_second_per_device": self.own.tokens_per_second},
@@ -149,6 +154,7 @@ def plan(request: Request) -> Plan:
         chosen,
         rank_bytes(model, chosen.layout),
         _stages(request, config, chosen, stack, tokens),
+        bill.per_billion(model, chosen, stack),
         found.best if own else found.best[1:],
         found.rejected,
         found.tried,

@@ -43,7 +43,7 @@ _TITAN = Layout(
 )  # fmt: skip
 
 ROWS = (
-    Row("Megatron, 1,024 H100, BF16", "megatron", "h100", _H100, 1061, f"{BRIDGE}", fits=True),
+    Row("Megatron, 1,024 H100, BF16", "megatron", "h100", replace(_H100, batch=16384), 1061, f"{BRIDGE}", fits=True),
     Row("Megatron, 1,024 H100, FP8", "megatron", "h100", replace(_H100, precision="fp8"), 1297, f"{BRIDGE} 25.09"),
     Row("Megatron, 256 B200, MXFP8", "megatron", "b200", _BLACKWELL, 3328, f"{BRIDGE} 26.04.01"),
     Row(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from leanseek.config import BadInput, ModelConfig
 from leanseek.plan.count import cache_bytes_per_token, parameters
-from leanseek.plan.estimate import EXCHANGE_UNITS, MATMUL, MEMORY, Stack, matmuls, nodes_reached, piece_times
+from leanseek.plan.estimate import EXCHANGE_UNITS, MATMUL, MEMORY, Stack, matmuls, piece_times
 from leanseek.plan.hardware import Hardware
 from leanseek.plan.layout import Layout, Precision, pieces
 from leanseek.plan.memory import RESERVED
@@ -131,8 +131,3 @@ def _weights_per_device(model: ModelConfig, hardware: Hardware, gpus: int) -> fl
     experts = count.routed_experts / _spread(model, gpus) * width
     whole = count.total - count.routed_experts - count.embedding - count.head
     return experts + whole * width + 2.0 * (count.embedding + count.head)
-
-
-def nodes_of(model: ModelConfig, hardware: Hardware, gpus: int) -> float:
-    """How many domains a token is sent to, on average, for people."""
-    return nodes_reached(model, max(1, gpus // hardware.domain))

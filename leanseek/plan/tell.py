@@ -73,6 +73,11 @@ def tell(plan: Plan, console: Console) -> None:
                 f"{stage.days:.2f}", money(stage.usd), stage.note,
             )  # fmt: skip
         console.print(table)
+    table = _table("\nAnother billion tokens on the same cluster", "stage", "tokens/s", "device hours", "cost")
+    for stage in plan.per_billion:
+        hours = f"{stage.device_hours:,.{0 if stage.device_hours >= 100 else 2}f}"
+        table.add_row(stage.name, f"{stage.tokens_per_second:,.0f}", hours, money(stage.usd))
+    console.print(table)
     table = _table("\nA step", "where the time goes", "seconds", "share")
     for name, seconds in plan.chosen.step.parts().items():
         if seconds:
