@@ -86,7 +86,7 @@ def test_longer_sequences_keep_each_ranks_tokens(own: Estimate) -> None:
 
 def test_the_search_finds_the_best_of_what_fits() -> None:
     h100 = find("h100")
-    found = search(LITE, h100, 8, 64, 4096, "bf16", MEGATRON)
+    found = search(LITE, h100, 8, 64, 4096, ["bf16"], MEGATRON)
     tried = [
         replace(each, recompute=how)
         for each in layouts(LITE, h100, 8, 64, 4096, "bf16")
@@ -102,21 +102,25 @@ def test_the_search_finds_the_best_of_what_fits() -> None:
 
 def test_v3_needs_hundreds_of_80_gb_devices() -> None:
     # 671B parameters with FP32 gradients, FP32 masters and BF16 moments are 10 bytes each in shards, 4 and 2 whole.
-    verdicts = {gpus: fits_somewhere(V3, H800, gpus, 15360, 4096, "fp8") for gpus in (8, 64, 128, 256, 512, 1024, 2048)}
+    verdicts = {
+        gpus: fits_somewhere(V3, H800, gpus, 15360, 4096, ["fp8"]) for gpus in (8, 64, 128, 256, 512, 1024, 2048)
+    }
     assert [gpus for gpus, there in verdicts.items() if not there][:2] == [8, 64]
     assert verdicts[1024]
     assert verdicts[2048]
     assert list(verdicts.values()) == sorted(verdicts.values())  # more never hurts
     least = min(gpus for gpus, there in verdicts.items() if there)
-    assert smallest_cluster(V3, H800, 15360, 4096, "fp8") == least
+    assert smallest_cluster(V3, H800, 15360, 4096, ["fp8"]) == least
     assert 10 * parameters(V3).total_with_mtp / (80 * 2**30) < least
 
 
 def test_what_fits_nowhere_names_the_smallest_cluster_that_would() -> None:
     with pytest.raises(BadInput) as caught:
-        search(V3, H800, 8, 15360, 4096, "fp8", MEGATRON)
+        search(V3, H800, 8, 15360, 4096, ["bf16", "fp8"], MEGATRON)
     said = str(caught.value)
-    least = smallest_cluster(V3, H800, 15360, 4096, "fp8")
+    least = smallest_cluster(V3, H800, 15360, 4096, ["fp8"])
+    assert least is not None
+    assert plan(Request("v3", hardware="h800", gpus=least)).as_json()["fits"]  # and it is true
     assert said.startswith("8 × h800: the recipe fits in no layout")
     assert said.endswith(f"the smallest cluster that it fits on is {least}")
     assert "no longer fit" in said

@@ -96,14 +96,15 @@ class Layout:
     def named(self) -> str:
         """The mesh in one line, for people."""
         if self.gpus == 1:
-            return f"one device, {self.precision}, recompute {self.recompute}"
+            return f"one device, micro-batches of {self.micro_batch}, {self.precision}, recompute {self.recompute}"
         mesh = f"dp {self.dp} · pp {self.pp} · ep {self.ep}" + "".join(
             f" · {name} {ways}" for name, ways in (("tp", self.tp), ("cp", self.cp)) if ways > 1
         )
         chunks = f" × {self.chunks}" if self.schedule == "Interleaved1F1B" else ""
         pipeline = f", {self.schedule}{chunks}" if self.pp > 1 else ""
         zero = "ZeRO-1" if self.shards == "states" else "FSDP"
-        return f"{mesh}{pipeline}, {zero}, {self.precision}, recompute {self.recompute}"
+        micro = f", micro-batches of {self.micro_batch}" if self.micro_batch > 1 else ""
+        return f"{mesh}{pipeline}{micro}, {zero}, {self.precision}, recompute {self.recompute}"
 
 
 def checked(layout: Layout, model: ModelConfig) -> Layout:

@@ -8,7 +8,7 @@ from leanseek.plan.count import parameters
 from leanseek.plan.estimate import RANGE
 from leanseek.plan.memory import RESERVED
 from leanseek.plan.planner import Plan
-from leanseek.plan.words import amount, duration, money
+from leanseek.plan.words import amount, duration, energy, money
 
 STYLE = """
 :root { color-scheme: light dark; --page: #f7f7f5; --card: #fff; --ink: #1d2326; --soft: #66727a; --line: #e2e4e1;
@@ -60,10 +60,7 @@ def page(plan: Plan) -> str:
             f"{plan.chosen.tokens_per_second:,.0f} tokens/s",
             f"a device; {plan.chosen.mfu:.0%} of its {layout.precision} peak",
         ),
-        (
-            f"{main.kwh / 1000:,.0f} MWh" if main.kwh >= 1000 else f"{main.kwh:,.1f} kWh",
-            "with hosts, network and cooling",
-        ),
+        (energy(main.kwh), "with hosts, network and cooling"),
     ]
     cards = "".join(
         f'<section class="fact"><b>{escape(big)}</b><span>{escape(small)}</span></section>' for big, small in facts

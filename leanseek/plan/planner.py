@@ -129,7 +129,7 @@ def plan(request: Request) -> Plan:
     sequences = max(1, round(config.schedule.batch_tokens[-1].value / length))
     gpus = request.gpus
     if gpus is None:
-        gpus = smallest_cluster(model, hardware, sequences, length, precisions[-1])
+        gpus = smallest_cluster(model, hardware, sequences, length, precisions)
         if gpus is None:
             raise BadInput(f"{request.recipe}: fits on no cluster of {hardware.name}")
     if gpus < 1:
@@ -143,9 +143,7 @@ def plan(request: Request) -> Plan:
         if why is not None:
             found = replace(found, rejected=[Rejected(layout, why)])
     else:
-        both = [search(model, hardware, gpus, batch, length, each, stack, muon=muon) for each in precisions]
-        best = sorted((e for found in both for e in found.best), key=lambda e: -e.tokens_per_second)
-        found = Found(best, [r for f in both for r in f.rejected][:5], sum(f.tried for f in both))
+        found = search(model, hardware, gpus, batch, length, precisions, stack, muon=muon)
     chosen = own or found.best[0]
     return Plan(
         config,

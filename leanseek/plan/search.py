@@ -1,7 +1,7 @@
 """The cheapest layout that fits: every mesh, schedule, micro-batch, recompute policy that the cluster can take."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -75,22 +75,23 @@ def thriftiest(model: ModelConfig, layout: Layout, hardware: Hardware) -> tuple[
 
 
 def search(
-    model: ModelConfig, hardware: Hardware, gpus: int, batch: int, length: int, precision: Precision, stack: Stack,
-    keep: int = 5, muon: bool = False,
+    model: ModelConfig, hardware: Hardware, gpus: int, batch: int, length: int, precisions: Sequence[Precision],
+    stack: Stack, keep: int = 5, muon: bool = False,
 ) -> Found:  # fmt: skip
     """Raises BadInput when nothing fits, naming the smallest cluster that would do."""
     fitting: list[Estimate] = []
     rejected: list[Rejected] = []
-    for each in layouts(model, hardware, gpus, batch, length, precision, muon):
-        layout, why = thriftiest(model, each, hardware)
-        if why is None:
-            fitting.append(estimate(model, layout, hardware, stack))
-        else:
-            rejected.append(Rejected(layout, why))
-    if not fitting:
-        raise BadInput(_nowhere(model, hardware, gpus, batch, length, precision, rejected))
-    fitting.sort(key=lambda each: -each.tokens_per_second)
+    for precision in precisions:
+        for each in layouts(model, hardware, gpus, batch, length, precision, muon):
+            layout, why = thriftiest(model, each, hardware)
+            if why is None:
+                fitting.append(estimate(model, layout, hardware, stack))
+            else:
+                rejected.append(Rejected(layout, why))
     rejected.sort(key=lambda each: wanted(each.why))
+    if not fitting:
+        raise BadInput(_nowhere(model, hardware, gpus, batch, length, precisions, rejected))
+    fitting.sort(key=lambda each: -each.tokens_per_second)
     return Found(fitting[:keep], rejected[:keep], len(fitting) + len(rejected))
 
 
@@ -100,24 +101,24 @@ def wanted(why: str) -> float:
 
 
 def fits_somewhere(
-    model: ModelConfig, hardware: Hardware, gpus: int, batch: int, length: int, precision: Precision
+    model: ModelConfig, hardware: Hardware, gpus: int, batch: int, length: int, precisions: Sequence[Precision]
 ) -> bool:
-    tries = layouts(model, hardware, gpus, batch, length, precision)
+    tries = (each for precision in precisions for each in layouts(model, hardware, gpus, batch, length, precision))
     return any(thriftiest(model, layout, hardware)[1] is None for layout in tries)
 
 
 def smallest_cluster(
-    model: ModelConfig, hardware: Hardware, batch: int, length: int, precision: Precision, above: int = 0
+    model: ModelConfig, hardware: Hardware, batch: int, length: int, precisions: Sequence[Precision], above: int = 0
 ) -> int | None:
     """The least power of two of devices that the model fits on, or None up to 2¹⁷; the batch grows where it must."""
     for gpus in _powers(1 << 17):
-        if gpus > above and fits_somewhere(model, hardware, gpus, -(-batch // gpus) * gpus, length, precision):
+        if gpus > above and fits_somewhere(model, hardware, gpus, -(-batch // gpus) * gpus, length, precisions):
             return gpus
     return None
 
 
 def _nowhere(
-    model: ModelConfig, hardware: Hardware, gpus: int, batch: int, length: int, precision: Precision,
+    model: ModelConfig, hardware: Hardware, gpus: int, batch: int, length: int, precisions: Sequence[Precision],
     rejected: list[Rejected],
 ) -> str:  # fmt: skip
     where = f"{gpus} × {hardware.name}"
@@ -125,7 +126,7 @@ def _nowhere(
         return (
             f"{where}: no mesh divides a batch of {batch} sequences of {length} tokens: take another number of devices"
         )
-    nearest = min(rejected, key=lambda each: wanted(each.why))
-    enough = smallest_cluster(model, hardware, batch, length, precision, above=gpus)
+    nearest = rejected[0]
+    enough = smallest_cluster(model, hardware, batch, length, precisions, above=gpus)
     advice = f"the smallest cluster that it fits on is {enough}" if enough else "no cluster of it is large enough"
     return f"{where}: the recipe fits in no layout; nearest {nearest.layout.named()}: {nearest.why}; {advice}"

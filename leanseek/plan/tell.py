@@ -12,7 +12,7 @@ from leanseek.plan.memory import RESERVED
 from leanseek.plan.page import page
 from leanseek.plan.planner import Plan, Request, plan, plan_budget, proposals_as_json, write_recipe
 from leanseek.plan.propose import Proposal
-from leanseek.plan.words import amount, duration, money
+from leanseek.plan.words import amount, duration, energy, money
 
 
 def answer(request: Request, budget: float | None, out: Path | None, html: Path | None, as_json: bool) -> None:
@@ -48,6 +48,7 @@ def _table(title: str, *columns: str) -> Table:
 def tell(plan: Plan, console: Console) -> None:
     count, layout, hardware = parameters(plan.config.model), plan.chosen.layout, plan.hardware
     main = plan.stages[0]
+    peak = "measured" if hardware.name == "cpu" else layout.precision
     low, high = main.range_usd()
     console.print(
         f"{amount(count.total)} parameters, {amount(count.activated)} activated; "
@@ -55,14 +56,14 @@ def tell(plan: Plan, console: Console) -> None:
     )
     console.print(f"{layout.gpus:,} × {hardware.name} at ${hardware.usd_per_hour:g} per hour: {layout.named()}")
     console.print(
-        f"{plan.chosen.tokens_per_second:,.0f} tokens/s a device, {plan.chosen.mfu:.0%} of its {layout.precision} peak "
+        f"{plan.chosen.tokens_per_second:,.0f} tokens/s a device, {plan.chosen.mfu:.0%} of its {peak} peak "
         f"(efficiency of {plan.stack.name})"
     )
     total = sum(stage.usd for stage in plan.stages)
     hours = f"{main.device_hours:,.{0 if main.device_hours >= 100 else 2}f}"
     console.print(
         f"[bold]{hours} device hours, {duration(main.days)}, {money(main.usd)}[/] "
-        f"({money(low)} to {money(high)}: ± {RANGE:.0%}), {main.kwh / 1000:,.4g} MWh"
+        f"({money(low)} to {money(high)}: ± {RANGE:.0%}), {energy(main.kwh)}"
     )
     if len(plan.stages) > 1:
         console.print(f"all stages: {money(total)}")

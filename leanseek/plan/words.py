@@ -16,6 +16,10 @@ def amount(value: float) -> str:
     return f"{value:.0f}"
 
 
+def energy(kwh: float) -> str:
+    return f"{kwh / 1000:,.0f} MWh" if kwh >= 10_000 else f"{kwh:,.3g} kWh" if kwh < 1000 else f"{kwh:,.0f} kWh"
+
+
 def duration(days: float) -> str:
     if days >= 1:
         return f"{days:.1f} days"
