@@ -302,7 +302,10 @@ def test_the_page_stands_alone(small: Plan, tmp_path: Path) -> None:
         (["v3", "--hardware", "h80"], "'h80': not known (did you mean 'h800'?)"),
         (["v3", "--gpus", "0"], "--gpus 0: at least one"),
         (["v3", "--gpus", "2048", "--price", "-1"], "--price -1"),
+        (["v3", "--gpus", "2048", "--price", "nan"], "--price nan"),
         (["v3", "--gpus", "2048", "--tokens", "0"], "--tokens 0"),
+        (["v3", "--gpus", "2048", "--tokens", "inf"], "--tokens inf"),
+        (["--budget", "inf"], "--budget inf"),
         (["v3", "--gpus", "2048", "--stack", "pax"], "--stack 'pax'"),
         (["v3", "--gpus", "2048", "--precision", "fp4"], "--precision 'fp4'"),
         (["v3", "--gpus", "2048", "--hardware", "a100", "--precision", "fp8"], "a100 has no FP8 units"),
@@ -322,6 +325,14 @@ def test_mistakes_are_one_clear_line(arguments: list[str], said: str) -> None:
         app(["plan", *arguments], standalone_mode=False)
     assert said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_odd_clusters_are_planned_too() -> None:
+    made = plan(Request("v2-lite", hardware="h100", gpus=12, tokens=1e11))
+    layout = made.chosen.layout
+    assert layout.gpus == 12
+    assert layout.batch % layout.dp == 0
+    assert 4608 <= layout.batch < 4608 + 3  # V2-Lite's own, to the next multiple of three
 
 
 def test_a_mesh_is_read() -> None:

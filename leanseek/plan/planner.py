@@ -103,8 +103,8 @@ def mesh_of(layout: Layout) -> dict[str, Any]:
 def machine(request: Request) -> Hardware:
     hardware = find(request.hardware)
     if request.price is not None:
-        if request.price < 0:
-            raise BadInput(f"--price {request.price:g}: a price per device and hour is not negative")
+        if not 0 <= request.price < 1e9:
+            raise BadInput(f"--price {request.price:g}: a price per device and hour is at least 0 and a number")
         hardware = replace(hardware, usd_per_hour=request.price)
     return hardware
 
@@ -122,8 +122,8 @@ def plan(request: Request) -> Plan:
     hardware, stack = machine(request), stack_of(request)
     model = config.model
     tokens = float(config.train.tokens) if request.tokens is None else request.tokens
-    if not tokens > 0:
-        raise BadInput(f"--tokens {tokens:g}: a run takes more than none")
+    if not 0 < tokens < 1e20:
+        raise BadInput(f"--tokens {tokens:g}: a run takes more than none, and a number")
     precisions = _precisions(request.precision, hardware)
     length, muon = config.stages[0].sequence_length, config.optimizer.name == "muon"
     sequences = max(1, round(config.schedule.batch_tokens[-1].value / length))
@@ -134,7 +134,7 @@ def plan(request: Request) -> Plan:
             raise BadInput(f"{request.recipe}: fits on no cluster of {hardware.name}")
     if gpus < 1:
         raise BadInput(f"--gpus {gpus}: at least one")
-    batch = max(sequences, -(-sequences // gpus) * gpus) if sequences % gpus and sequences < gpus else sequences
+    batch = _divisible(sequences, gpus)
     own = _own(request, config, hardware, gpus, stack)
     if request.mesh is not None:
         layout = checked(parse_mesh(request.mesh, gpus, batch, length, precisions[-1]), model)
@@ -160,6 +160,13 @@ def plan(request: Request) -> Plan:
         _serving(config, hardware, stack, gpus),
         _large(config, chosen),
     )
+
+
+def _divisible(sequences: int, gpus: int) -> int:
+    """The batch in sequences, rounded up where the number of devices leaves no mesh that would divide it."""
+    odd = gpus // (gpus & -gpus)  # meshes are powers of two: data parallelism takes what is left
+    part = gpus if sequences < gpus else odd
+    return -(-sequences // part) * part
 
 
 def _precisions(asked: str, hardware: Hardware) -> list[Precision]:
@@ -246,8 +253,8 @@ def _large(config: Config, chosen: Estimate) -> list[tuple[simulate.Cluster, int
 
 def plan_budget(request: Request, budget: float) -> list[Proposal]:
     """Raises BadInput."""
-    if not budget > 0:
-        raise BadInput(f"--budget {budget:g}: nothing can be bought for it")
+    if not 0 < budget < 1e15:
+        raise BadInput(f"--budget {budget:g}: nothing can be bought for it: name a sum above 0")
     hardware = machine(request)
     if not hardware.usd_per_hour:
         raise BadInput(f"--budget {budget:g}: {hardware.name} costs nothing per hour: give --price")
