@@ -15,7 +15,7 @@ from leanseek.plan.count import (
     muon_flops,
     recomputed_flops_per_token,
 )
-from leanseek.plan.estimate import STACKS, Stack, estimate, matmuls, nodes_reached
+from leanseek.plan.estimate import STACKS, Stack, estimate, matmuls, nodes_reached, traffic
 from leanseek.plan.hardware import SHIPPED, find, read_hardware
 from leanseek.plan.layout import Layout, checked, pieces, runs, wrong_with
 from leanseek.plan.memory import fits, rank_bytes, why_not
@@ -236,6 +236,21 @@ def test_tokens_reach_as_many_nodes_as_the_router_lets_them() -> None:
     assert 3 < nodes_reached(V3, 8) < 4  # at most topk_group
     free = V3.model_copy(update={"topk_method": "greedy"})
     assert nodes_reached(free, 8) == pytest.approx(8 * (1 - (7 / 8) ** 8))
+
+
+def test_traffic_of_v3_by_hand() -> None:
+    sent = traffic(V3, rows.v3_layout(), find("h800"))
+    tokens = 120 * 4096  # of a pipeline's ranks, in a step
+    nodes, devices = nodes_reached(V3, 8) * 7 / 8, 64 * (1 - (63 / 64) ** 8) * 63 / 64
+    # there in FP8 and back in BF16, forward and backward, in 59 mixtures over 16 ranks
+    assert sent["ep"] == pytest.approx(tokens * (nodes + devices) * 7168 * 3 * 2 * 59 / 16)
+    assert sent["pp"] == pytest.approx(tokens * 7168 * 2 * 2 * 15 / 16)
+    held = [each.gradients / 4 for each in rank_bytes(V3, rows.v3_layout())]
+    assert sent["dp"] == pytest.approx(6 * sum(held) / 16)
+    assert (sent["tp"], sent["cp"]) == (0, 0)
+    wide = traffic(V3, replace(rows.ROWS[0].layout, cp=2, batch=16384), find("h100"))
+    assert wide["tp"] > 0
+    assert wide["cp"] > 0
 
 
 # ── memory ────────────────────────────────────────────────────────────────────────────────────────────────────────

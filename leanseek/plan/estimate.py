@@ -200,20 +200,49 @@ def exchange_seconds(model: ModelConfig, layout: Layout, hardware: Hardware) -> 
     Over the slow links a token goes once to each other node, over the fast ones once to each device that wants it;
     without that care (`by_node`) once for every expert. The two kinds of links work at the same time.
     """
-    nodes = max(1, layout.ep // hardware.domain)
-    k, t = model.num_experts_per_tok, layout.tokens_per_rank
-    elsewhere = (nodes - 1) / nodes
-    if layout.by_node:
-        slow = nodes_reached(model, nodes) * elsewhere
-        fast = layout.ep * (1 - (1 - 1 / layout.ep) ** k) * (1 - 1 / layout.ep)
-    else:
-        slow, fast = k * elsewhere, k * (1 / nodes - 1 / layout.ep)
+    slow, fast = crossings(model, layout, hardware)
+    t = layout.tokens_per_rank
     values = t * model.hidden_size
     seconds = max(
         slow * values / (hardware.slow_gb_per_second * 1e9 * SLOW),
         fast * values / (hardware.fast_gb_per_second * 1e9 * FAST) if hardware.fast_gb_per_second else 0.0,
     )
     return seconds * layout.dispatch_bytes, seconds * 2
+
+
+def crossings(model: ModelConfig, layout: Layout, hardware: Hardware) -> tuple[float, float]:
+    """How often a token goes over slow and over fast links, on average, to reach one block's experts."""
+    nodes = max(1, layout.ep // hardware.domain)
+    k, elsewhere = model.num_experts_per_tok, (nodes - 1) / nodes
+    if not layout.by_node:
+        return k * elsewhere, k * (1 / nodes - 1 / layout.ep)
+    devices = layout.ep * (1 - (1 - 1 / layout.ep) ** k)  # that some expert of its choice is on
+    return nodes_reached(model, nodes) * elsewhere, devices * (1 - 1 / layout.ep)
+
+
+def traffic(model: ModelConfig, layout: Layout, hardware: Hardware) -> dict[str, float]:
+    """Bytes that a rank sends over each axis of the mesh in an optimizer step, the mean over pipeline ranks."""
+    d, n = model.hidden_size, layout.micro_batches
+    tokens = n * layout.tokens_per_rank
+    row = [piece for run in runs(model, layout) for piece in run]
+    moe = sum(piece in ("moe", "mtp") for piece in row)
+    blocks = moe + row.count("dense")
+    sent = sum(crossings(model, layout, hardware)) * (layout.dispatch_bytes + 2.0) * d if layout.ep > 1 else 0.0
+    again = 3 if layout.recompute == "full" else 2  # forward, backward, and once more where it is computed again
+    latents = (model.kv_lora_rank + model.qk_rope_head_dim) * 2.0 * (layout.cp - 1) if layout.cp > 1 else 0.0
+    gathers = sum(GATHERS.get(piece, 0) for piece in row)
+    gradients = [each.gradients / 4 for each in rank_bytes(model, layout)]
+    return {
+        "ep": tokens * sent * again * moe / layout.pp,
+        "tp": tokens * gathers * (layout.tp - 1) * d * 2.0 / layout.pp,
+        "cp": tokens * 2 * latents * blocks / layout.pp,
+        "pp": tokens * 2 * 2.0 * d * (layout.stages - 1) / layout.pp,
+        "dp": sum(gradients) / layout.pp * (4 + 2) if layout.dp * layout.copies > 1 else 0.0,
+    }
+
+
+# Gathers and scatters of a piece under tensor parallelism, forward and backward, one gather more in the latter.
+GATHERS: dict[Piece, int] = {"dense": 10, "moe": 5, "mtp": 8, "head": 3}
 
 
 def _within(model: ModelConfig, layout: Layout, hardware: Hardware, piece: Piece) -> float:
@@ -232,7 +261,7 @@ def _within(model: ModelConfig, layout: Layout, hardware: Hardware, piece: Piece
         seconds += 2 * gathered * (layout.cp - 1) / layout.cp / (link * 1e9)
     if layout.tp == 1:
         return seconds
-    times = {"dense": 10, "moe": 5, "mtp": 8, "head": 3}[piece]  # gathers, scatters; a gather more in the backward pass
+    times = GATHERS[piece]
     moved = (layout.tp - 1) * layout.tokens_per_rank * model.hidden_size * 2.0
     link = hardware.fast_gb_per_second if layout.tp <= hardware.domain else hardware.slow_gb_per_second
     return seconds + times * moved / (link * 1e9 * FAST)

@@ -8,7 +8,7 @@ from leanseek.config import BadInput, Config, read_recipe, to_toml
 from leanseek.plan import bill, rows, serving, simulate
 from leanseek.plan.bill import Stage
 from leanseek.plan.count import flops_per_token, parameters, recomputed_flops_per_token
-from leanseek.plan.estimate import STACKS, Estimate, Stack, estimate
+from leanseek.plan.estimate import STACKS, Estimate, Stack, estimate, traffic
 from leanseek.plan.hardware import Hardware, find
 from leanseek.plan.layout import SCHEDULE_NAMES, Layout, Precision, checked
 from leanseek.plan.memory import RankMemory, rank_bytes, why_not
@@ -72,6 +72,7 @@ class Plan:
             "fits": why_not(self.config.model, layout, self.hardware) is None,
             "mesh": mesh_of(layout),
             "step_seconds": self.chosen.step.parts(),
+            "step_bytes_per_rank": traffic(self.config.model, layout, self.hardware),
             "stages": [stage.row() for stage in self.stages],
             "per_billion_tokens": [stage.row() for stage in self.per_billion],
             "own": None
