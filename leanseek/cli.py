@@ -255,6 +255,38 @@ def export(
         export_release(run, folder, dtype)
 
 
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="A shipped recipe or a .toml file.")] = "v3",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example model.n_routed_experts=128.")
+    ] = None,
+    hardware: Annotated[
+        str, typer.Option(metavar="H", help="h800, h100, b200, …, cpu (measured), or a .toml.")
+    ] = "h800",
+    gpus: Annotated[int | None, typer.Option(help="Devices; the fewest that fit unless told.")] = None,
+    tokens: Annotated[float | None, typer.Option(help="As the recipe says unless told.")] = None,
+    price: Annotated[float | None, typer.Option(help="US dollars per device and hour.")] = None,
+    precision: Annotated[str, typer.Option(help="bf16, fp8, or auto: whichever is cheaper.")] = "auto",
+    stack: Annotated[
+        str | None, typer.Option(help="Whose efficiency: megatron, torchtitan, or leanseek on a CPU.")
+    ] = None,
+    mesh: Annotated[
+        str | None, typer.Option(metavar="pp=…,ep=…", help="This layout instead of a search; also tp, cp, schedule, …")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(metavar="USD", help="Turned around: what to train for that.")] = None,
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="With --budget: write the best as a recipe.")] = None,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="Write a page with drawings.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What a recipe takes on a cluster: memory, time, money. Or, with --budget, what to train for it."""
+    from leanseek.plan.planner import Request
+    from leanseek.plan.tell import answer
+
+    request = Request(recipe, tuple(overrides or ()), hardware, gpus, tokens, price, precision, stack, mesh)
+    answer(request, budget, out, html, as_json)
+
+
 bench_app = typer.Typer(help="Measured speed and cost, peers in turn.", rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 

@@ -62,12 +62,12 @@ def parameters(config: ModelConfig) -> Parameters:
     idle = (config.n_routed_experts - config.num_experts_per_tok) * expert
     shared = config.n_shared_experts * expert
     router = _gate(config) + (config.n_routed_experts if config.topk_method == "noaux_tc" else 0)
-    norms = 2 * d + (config.q_lora_rank or 0) + config.kv_lora_rank
-    mtp = 2 * d + _eh_proj(config) + _attention(config) + routed + shared + router + norms + d
+    norms = norm_weights(config)
+    mtp = 2 * d + _eh_proj(config) + attention_weights(config) + routed + shared + router + norms + d
     return Parameters(
         embedding=config.vocab_size * d,
         head=config.vocab_size * d,
-        attention=layers * _attention(config),
+        attention=layers * attention_weights(config),
         dense_ffn=(layers - moe_layers) * 3 * d * config.intermediate_size,
         routed_experts=moe_layers * routed,
         shared_experts=moe_layers * shared,
@@ -79,7 +79,26 @@ def parameters(config: ModelConfig) -> Parameters:
     )
 
 
-def forward_flops_per_token(config: ModelConfig, sequence_length: int, mtp: bool = True) -> float:
+@dataclass(frozen=True)
+class ForwardFlops:
+    """Model FLOPs of one forward pass per token, by part, over all layers; MTP blocks are counted in their parts."""
+
+    attention: float  # projections of MLA
+    mixing: float  # scores and values
+    dense_ffn: float
+    routed_experts: float
+    shared_experts: float
+    router: float
+    head: float
+    mtp_join: float  # `eh_proj`
+
+    @property
+    def total(self) -> float:
+        experts = self.routed_experts + self.shared_experts + self.router
+        return self.attention + self.mixing + self.dense_ffn + experts + self.head + self.mtp_join
+
+
+def forward_flops_by_part(config: ModelConfig, sequence_length: int, mtp: bool = True) -> ForwardFlops:
     """Model FLOPs of one forward pass, per token of a full causal window of `sequence_length` tokens.
 
     A multiplication and an addition for every weight of every matrix that a token meets: attention, FFN, visited
@@ -88,20 +107,48 @@ def forward_flops_per_token(config: ModelConfig, sequence_length: int, mtp: bool
     masked half is not counted. Not counted either: the embedding lookup, norms, RoPE, softmax, activations, anything
     recomputed. MTP is counted at every position, though its last ones have no target.
     """
-    count = parameters(config)
+    d, layers = config.hidden_size, config.num_hidden_layers
     depths = config.num_nextn_predict_layers if mtp else 0
-    bias = config.n_routed_experts if config.topk_method == "noaux_tc" else 0
-    moe_layers = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers))
-    weights = count.activated_without_embedding - count.norms - moe_layers * bias
-    block = (
-        _attention(config)
-        + _gate(config)
-        + 3 * config.hidden_size * config.moe_intermediate_size * (config.num_experts_per_tok + config.n_shared_experts)
-    )
-    weights += depths * (_eh_proj(config) + block + count.head)
+    moe = sum(config.is_moe(layer) for layer in range(layers)) + depths
+    expert = 3 * d * config.moe_intermediate_size
     keys = (sequence_length + 1) / 2
-    mixing = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * keys
-    return 2.0 * (weights + (config.num_hidden_layers + depths) * mixing)
+    return ForwardFlops(
+        attention=2.0 * (layers + depths) * attention_weights(config),
+        mixing=2.0 * (layers + depths) * config.num_attention_heads * (config.qk_head_dim + config.v_head_dim) * keys,
+        dense_ffn=2.0 * (layers + depths - moe) * 3 * d * config.intermediate_size,
+        routed_experts=2.0 * moe * config.num_experts_per_tok * expert,
+        shared_experts=2.0 * moe * config.n_shared_experts * expert,
+        router=2.0 * moe * _gate(config),
+        head=2.0 * (1 + depths) * config.vocab_size * d,
+        mtp_join=2.0 * depths * _eh_proj(config),
+    )
+
+
+def forward_flops_per_token(config: ModelConfig, sequence_length: int, mtp: bool = True) -> float:
+    """Model FLOPs of one forward pass per token, all parts together."""
+    return forward_flops_by_part(config, sequence_length, mtp).total
+
+
+def recomputed_flops_per_token(config: ModelConfig, sequence_length: int, recompute: str) -> float:
+    """FLOPs spent again in the backward pass, per token; they are no model FLOPs and count in no share of peak.
+
+    `none`; `selective`: norms, SwiGLU and the up-projections of MLA (report §3.2.3), of which the last are matmuls;
+    `full`: every block from its input, all but the head.
+    """
+    if recompute == "none":
+        return 0.0
+    if recompute == "full":
+        flops = forward_flops_by_part(config, sequence_length)
+        return flops.total - flops.head
+    layers = config.num_hidden_layers + config.num_nextn_predict_layers
+    return 2.0 * layers * up_projections(config)
+
+
+def up_projections(config: ModelConfig) -> int:
+    """Weights of one layer's `q_b_proj` and `kv_b_proj`, which widen the latents to all heads."""
+    heads = config.num_attention_heads
+    q_b = config.q_lora_rank * heads * config.qk_head_dim if config.q_lora_rank else 0
+    return q_b + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
@@ -109,6 +156,29 @@ def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = 
     if training:
         return 3.0 * forward_flops_per_token(config, sequence_length)
     return forward_flops_per_token(config, sequence_length, mtp=False)
+
+
+def muon_flops(config: ModelConfig, steps: int = 5) -> float:
+    """FLOPs of orthogonalising every matrix of the blocks once, as Muon does at each optimizer step.
+
+    An iteration multiplies a matrix [r, c], r the shorter side, by its transpose, the result by itself, and that by the
+    matrix again.
+    """
+    d, heads, e = config.hidden_size, config.num_attention_heads, config.n_routed_experts
+    f, shared, queries = config.moe_intermediate_size, config.n_shared_experts, heads * config.qk_head_dim
+    kv = heads * (config.qk_nope_head_dim + config.v_head_dim)
+    block = [
+        (d, config.kv_lora_rank + config.qk_rope_head_dim),
+        (config.kv_lora_rank, kv),
+        (heads * config.v_head_dim, d),
+    ]
+    block += [(d, config.q_lora_rank), (config.q_lora_rank, queries)] if config.q_lora_rank else [(d, queries)]
+    moe = [(d, f)] * (3 * e) + ([(d, f * shared)] * 3 if shared else []) + [(d, e)]
+    rows = []
+    for layer in range(config.num_hidden_layers):
+        rows += block + (moe if config.is_moe(layer) else [(d, config.intermediate_size)] * 3)
+    rows += config.num_nextn_predict_layers * [*block, *moe, (d, 2 * d)]
+    return steps * sum(4.0 * min(m) ** 2 * max(m) + 2.0 * min(m) ** 3 for m in rows)
 
 
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, mtp: bool = False) -> int:
@@ -128,7 +198,7 @@ def h800_cost(flops: float) -> tuple[float, float]:
     return hours, hours * H800_USD_PER_HOUR
 
 
-def _attention(config: ModelConfig) -> int:
+def attention_weights(config: ModelConfig) -> int:
     """Weights of one layer's MLA projections; without `q_lora_rank` the query has a single `q_proj`."""
     d, heads = config.hidden_size, config.num_attention_heads
     q_out = heads * config.qk_head_dim
@@ -136,6 +206,11 @@ def _attention(config: ModelConfig) -> int:
     kv_a = d * (config.kv_lora_rank + config.qk_rope_head_dim)
     kv_b = config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
     return q + kv_a + kv_b + heads * config.v_head_dim * d
+
+
+def norm_weights(config: ModelConfig) -> int:
+    """Weights of one block's norms, those on the latents included."""
+    return 2 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank
 
 
 def _gate(config: ModelConfig) -> int:

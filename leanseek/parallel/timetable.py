@@ -1,0 +1,370 @@
+"""Pipeline schedules as data (report §3.2.1, figures 4 and 5, table 2): who does what in which order, what it idles.
+
+A schedule is a list of steps for each rank. A step is one action, or two that overlap: a forward pass with the backward
+pass of another micro-batch. Stages are numbered along the model, micro-batches as they enter. Nothing here executes:
+the planner reads bubbles and peak activations off these lists, the drawings draw them, and what does execute can be
+held against them. No torch.
+
+F forward · B whole backward · I gradient of the input · W gradient of the weights, which can wait.
+"""
+
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Kind = Literal["F", "B", "I", "W"]
+
+
+class Action(NamedTuple):
+    kind: Kind
+    stage: int
+    batch: int
+
+
+Step = tuple[Action, ...]  # one action, or a forward and a backward that overlap
+
+
+@dataclass(frozen=True)
+class Timetable:
+    name: str
+    ranks: int
+    stages: int
+    batches: int
+    steps: tuple[tuple[Step, ...], ...]  # by rank
+    copies: int = 1  # how often each stage's parameters are held: DualPipe's two directions hold them twice
+
+    @property
+    def stages_per_rank(self) -> int:
+        return self.stages * self.copies // self.ranks
+
+    def rank_of(self, stage: int, batch: int) -> int:
+        """Which rank takes a micro-batch through a stage."""
+        return next(
+            rank
+            for rank, steps in enumerate(self.steps)
+            if any(a.stage == stage and a.batch == batch for step in steps for a in step)
+        )
+
+
+@dataclass(frozen=True)
+class Costs:
+    """How long one stage takes over one micro-batch, in any one unit; a stage is what a rank holds once."""
+
+    forward: float = 1.0
+    input_gradient: float = 1.0
+    weight_gradient: float = 1.0
+    pair: float | None = None  # F and B overlapped; None: as long as both in turn
+    hop: float = 0.0  # to another rank
+
+    @property
+    def backward(self) -> float:
+        return self.input_gradient + self.weight_gradient
+
+    def of(self, step: Step) -> float:
+        if len(step) == 2 and self.pair is not None and step[1].kind == "B":
+            return self.pair
+        by_kind = {
+            "F": self.forward,
+            "B": self.backward,
+            "I": self.input_gradient,
+            "W": self.weight_gradient,
+        }
+        return sum(by_kind[action.kind] for action in step)
+
+
+class Played(NamedTuple):
+    seconds: float  # from the first action to the last, over all ranks, in the unit of the costs
+    begins: tuple[tuple[float, ...], ...]  # of each rank's steps
+    busy: tuple[float, ...]  # by rank
+
+
+class Deadlock(Exception):
+    """A schedule in which some action waits for ever."""
+
+
+# ── the schedules ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def one_f_one_b(ranks: int, batches: int) -> Timetable:
+    """1F1B: rank r runs ranks − r micro-batches ahead, then one backward for each forward."""
+    rows = []
+    for rank in range(ranks):
+        ahead = min(ranks - rank - 1, batches)
+        row: list[Step] = [(Action("F", rank, b),) for b in range(ahead)]
+        for b in range(batches):
+            if ahead + b < batches:
+                row.append((Action("F", rank, ahead + b),))
+            row.append((Action("B", rank, b),))
+        rows.append(tuple(row))
+    return Timetable("1F1B", ranks, ranks, batches, tuple(rows))
+
+
+def interleaved(ranks: int, batches: int, chunks: int = 2) -> Timetable:
+    """Interleaved 1F1B: a rank holds `chunks` stages, ranks apart; micro-batches go in rounds of one for each rank."""
+    if batches % ranks:
+        raise ValueError(f"interleaved 1F1B takes micro-batches in rounds of {ranks}: {batches} are not")
+    rounds = batches // ranks
+
+    def nth(rank: int, i: int, forward: bool) -> tuple[int, int]:
+        """Stage and micro-batch of a rank's i-th forward or backward pass."""
+        turn, place = divmod(i, ranks * chunks)
+        chunk, batch = divmod(place, ranks)
+        chunk = chunk if forward else chunks - 1 - chunk
+        return chunk * ranks + rank, turn * ranks + batch
+
+    rows = []
+    total = rounds * ranks * chunks
+    for rank in range(ranks):
+        ahead = min((chunks - 1) * ranks + 2 * (ranks - 1 - rank), total)
+        row: list[Step] = [(Action("F", *nth(rank, i, True)),) for i in range(ahead)]
+        for i in range(total):
+            if ahead + i < total:
+                row.append((Action("F", *nth(rank, ahead + i, True)),))
+            row.append((Action("B", *nth(rank, i, False)),))
+        rows.append(tuple(row))
+    return Timetable("Interleaved1F1B", ranks, ranks * chunks, batches, tuple(rows))
+
+
+def zb1p(ranks: int, batches: int) -> Timetable:
+    """ZB1P (Qi et al., ZB-H1): 1F1B whose rank r puts its weight gradients off by r micro-batches.
+
+    What it puts off fills what would be bubbles at the end; what it keeps for it, 1F1B's first rank keeps anyway.
+    """
+    rows = []
+    for rank in range(ranks):
+        ahead = min(ranks - rank - 1, batches)
+        row: list[Step] = [(Action("F", rank, b),) for b in range(ahead)]
+        for b in range(batches + rank):
+            if ahead + b < batches:
+                row.append((Action("F", rank, ahead + b),))
+            if b < batches:
+                row.append((Action("I", rank, b),))
+            if 0 <= b - rank < batches:
+                row.append((Action("W", rank, b - rank),))
+        rows.append(tuple(row))
+    return Timetable("ZB1P", ranks, ranks, batches, tuple(rows))
+
+
+def zbv(ranks: int, batches: int) -> Timetable:
+    """ZBV (Qi et al.): two stages a rank, laid out as a V, so that the first rank also ends the forward pass."""
+    if batches < 2 * ranks:
+        raise ValueError(f"ZBV over {ranks} ranks wants at least {2 * ranks} micro-batches, not {batches}")
+    rows = []
+    for rank in range(ranks):
+        down, up = rank, 2 * ranks - 1 - rank
+        row: list[Step] = []
+        done = {(kind, stage): 0 for kind in "FIW" for stage in (down, up)}
+
+        def do(kind: Kind, stage: int, row: list[Step] = row, done: dict[tuple[str, int], int] = done) -> None:
+            if done[kind, stage] < batches:
+                row.append((Action(kind, stage, done[kind, stage]),))
+                done[kind, stage] += 1
+
+        for _ in range(2 * (ranks - rank) - 1):
+            do("F", down)
+        for _ in range(rank):
+            do("F", up)
+            do("F", down)
+        for _ in range(ranks - rank):
+            do("F", up)
+            do("I", up)
+            do("W", up)
+        while done["F", up] < batches:
+            do("F", down)
+            do("I", down)
+            do("W", down)
+            do("F", up)
+            do("I", up)
+            do("W", up)
+        for _ in range(rank):
+            do("I", down)
+            do("I", up)
+        for _ in range(ranks - rank):
+            do("I", down)
+            do("W", down)
+        for stage in (up, down):
+            for _ in range(batches - done["W", stage]):
+                do("W", stage)
+        rows.append(tuple(row))
+    return Timetable("ZBV", ranks, 2 * ranks, batches, tuple(rows))
+
+
+def dualpipe(ranks: int, batches: int) -> Timetable:
+    """DualPipe (report §3.2.1, figure 5): micro-batches enter at both ends; forward and backward passes overlap.
+
+    Rank r holds stage r for those that come down and stage ranks − 1 − r for those that come up. The first half of the
+    micro-batches goes down.
+    """
+    if ranks % 2 or batches % 2 or batches < 2 * ranks:
+        raise ValueError(f"DualPipe wants an even number of ranks and an even number of at least {2 * ranks} batches")
+    rows = []
+    for rank in range(ranks):
+        first = rank < ranks // 2
+        near = min(rank, ranks - 1 - rank)
+        # Direction 0 of a rank is that which enters nearer to it.
+        stages = (rank, ranks - 1 - rank) if first else (ranks - 1 - rank, rank)
+        starts = (0, batches // 2) if first else (batches // 2, 0)
+        row = _both_ways(near, ranks // 2, batches // 2, stages, starts, 2 * (batches // 2 - ranks + near + 1) // 2)
+        rows.append(row)
+    return Timetable("DualPipe", ranks, ranks, batches, tuple(rows), copies=2)
+
+
+def dualpipe_v(ranks: int, batches: int) -> Timetable:
+    """DualPipeV: DualPipe cut in half. Rank r holds stages r and 2·ranks − 1 − r, and no parameter twice."""
+    if batches < 2 * ranks:
+        raise ValueError(f"DualPipeV over {ranks} ranks wants at least {2 * ranks} micro-batches, not {batches}")
+    rows = []
+    for rank in range(ranks):
+        stages = (rank, 2 * ranks - 1 - rank)
+        rows.append(_both_ways(rank, ranks, batches, stages, (0, 0), batches - 2 * ranks + rank + 1))
+    return Timetable("DualPipeV", ranks, 2 * ranks, batches, tuple(rows))
+
+
+def _both_ways(
+    near: int, half: int, each: int, stages: tuple[int, int], starts: tuple[int, int], main: int
+) -> tuple[Step, ...]:
+    """The eight steps that DualPipe and DualPipeV share, for one rank.
+
+    `near` ranks away from where direction 0 enters, `half` ranks from there to the turning point; `each` micro-batches
+    a direction, of which direction d's are at stages[d] and numbered from starts[d].
+    """
+    row: list[Step] = []
+    done = {(kind, d): 0 for kind in "FB" for d in (0, 1)}
+    put_off: deque[Action] = deque()
+
+    def take(kind: Literal["F", "B"], d: int) -> Action:
+        action = Action(kind, stages[d], starts[d] + done[kind, d])
+        done[kind, d] += 1
+        return action
+
+    def forward(d: int) -> None:
+        row.append((take("F", d),))
+
+    def backward(d: int, split: bool = False) -> None:
+        whole = take("B", d)
+        if split:
+            row.append((whole._replace(kind="I"),))
+            put_off.append(whole._replace(kind="W"))
+        else:
+            row.append((whole,))
+
+    def weights() -> None:
+        row.append((put_off.popleft(),))
+
+    for _ in range(2 * (half - near - 1)):
+        forward(0)
+    for _ in range(near + 1):
+        forward(0)
+        forward(1)
+    for _ in range(half - near - 1):
+        backward(1, split=True)
+        weights()
+        forward(1)
+    for i in range(main):
+        if i == 0 and near == half - 1:  # at the turning point the first backward needs this very forward
+            forward(0)
+            backward(1)
+        else:
+            row.append((take("F", 0), take("B", 1)))
+        row.append((take("F", 1), take("B", 0)))
+    for _ in range(half - near - 1):
+        backward(1)
+        row.append((take("F", 1), take("B", 0)))
+    for i in range(2 * (near + 1)):
+        backward(1 - i % 2, split=i >= near + 1)
+    for _ in range(half - near - 1):
+        weights()
+        backward(0, split=True)
+    for _ in range(near + 1):
+        weights()
+    assert not put_off
+    assert set(done.values()) == {each}
+    return tuple(row)
+
+
+SCHEDULES: Mapping[str, Callable[[int, int], Timetable]] = {
+    "1F1B": one_f_one_b,
+    "Interleaved1F1B": interleaved,
+    "ZB1P": zb1p,
+    "ZBV": zbv,
+    "DualPipe": dualpipe,
+    "DualPipeV": dualpipe_v,
+}
+
+
+# ── what they take ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def play(table: Timetable, costs: Costs = Costs()) -> Played:
+    """Each rank works through its list as soon as what a step needs has arrived. Raises Deadlock."""
+    ends: dict[tuple[str, int, int], tuple[float, int]] = {}  # F, and I or B as "I": when, and where
+    at, clock, busy = [0] * table.ranks, [0.0] * table.ranks, [0.0] * table.ranks
+    begins: list[list[float]] = [[] for _ in range(table.ranks)]
+    left = sum(map(len, table.steps))
+    last = table.stages - 1
+
+    def ready(rank: int, step: Step) -> float | None:
+        when = clock[rank]
+        for kind, stage, batch in step:
+            needs = []
+            if kind == "F" and stage > 0:
+                needs = [("F", stage - 1, batch)]
+            elif kind in "BI":
+                needs = [("F", stage, batch), *([("I", stage + 1, batch)] if stage < last else [])]
+            elif kind == "W":
+                needs = [("I", stage, batch)]
+            for need in needs:
+                if need not in ends:
+                    return None
+                end, where = ends[need]
+                when = max(when, end + (costs.hop if where != rank else 0.0))
+        return when
+
+    while left:
+        moved = False
+        for rank, steps in enumerate(table.steps):
+            while at[rank] < len(steps) and (when := ready(rank, steps[at[rank]])) is not None:
+                step = steps[at[rank]]
+                takes = costs.of(step)
+                begins[rank].append(when)
+                clock[rank], busy[rank] = when + takes, busy[rank] + takes
+                for kind, stage, batch in step:
+                    if kind != "W":
+                        ends["F" if kind == "F" else "I", stage, batch] = clock[rank], rank
+                at[rank] += 1
+                left -= 1
+                moved = True
+        if not moved:
+            waiting = {rank: steps[at[rank]] for rank, steps in enumerate(table.steps) if at[rank] < len(steps)}
+            raise Deadlock(f"{table.name}: each of these waits for another: {waiting}")
+    return Played(max(clock), tuple(map(tuple, begins)), tuple(busy))
+
+
+def bubble(table: Timetable, costs: Costs = Costs()) -> float:
+    """Time that the least busy rank idles over one optimizer step, in the unit of the costs."""
+    played = play(table, costs)
+    return played.seconds - min(played.busy)
+
+
+def peak_activations(table: Timetable) -> tuple[int, ...]:
+    """By rank: for how many (stage, micro-batch) at a time activations are kept, at most.
+
+    They are kept from the forward pass to the gradient of the input; what a put-off weight gradient still needs of
+    them, the inputs of its matmuls and the gradients of their outputs, is counted by `peak_put_off`.
+    """
+    return tuple(_peak(steps, opens="F", closes="BI") for steps in table.steps)
+
+
+def peak_put_off(table: Timetable) -> tuple[int, ...]:
+    """By rank: how many weight gradients are put off at a time, at most."""
+    return tuple(_peak(steps, opens="I", closes="W") for steps in table.steps)
+
+
+def _peak(steps: tuple[Step, ...], opens: str, closes: str) -> int:
+    held = most = 0
+    for step in steps:
+        held += sum(action.kind in opens for action in step)
+        most = max(most, held)
+        held -= sum(action.kind in closes for action in step)
+    return most
