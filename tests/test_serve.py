@@ -197,7 +197,7 @@ def apart(pair: tuple[Tensor, Tensor]) -> float:
     return ((pair[0] - pair[1]).abs().max() / pair[1].std()).item()
 
 
-ROUTES = {"one by one": (1, 40, 4), "all of them": (3, 8, 3), "sorted": (33, 8, 3)}  # rows, experts, chosen
+ROUTES = {"one by one": (1, 40, 4), "all of them": (3, 8, 3), "sorted": (260, 8, 3)}  # rows, experts, chosen
 
 
 @pytest.mark.parametrize("new", [1, 2], ids=["a token", "a token and its draft"])

@@ -28,7 +28,8 @@ from leanseek.serve.cache import Cache, Places
 SMALL = (
     1 << 19
 )  # elements of a matrix up to which calls cost more than bytes: products are taken ahead, BF16 is widened
-WIDE_ROWS = 32  # rows up to which every expert does every token rather than having the tokens sorted
+WIDE_ROWS = 256  # rows up to which every expert may do every token rather than having the tokens sorted,
+WIDE_WORK = 1 << 30  # and multiplications for which that is quicker
 WIDE_LAYER = 1 << 26  # elements of a layer's experts that may be kept a second time, in the order which that needs
 
 
@@ -220,7 +221,7 @@ class _MoE:
         self.shared = _SwiGLU(moe.shared_experts, dtype) if moe.shared_experts is not None else None
         rests = resting(gate_up[0].numel(), gate_up.device, dtype)
         self.gate_up, self.down = gate_up.to(rests).unbind(), down.to(rests).unbind()
-        self.may_be_wide = gate_up.numel() <= WIDE_LAYER
+        self.elements = gate_up.numel() + down.numel()
         self.wide: _Wide | None = None
 
     def __call__(self, x: Tensor, normed: Tensor) -> Tensor:
@@ -228,7 +229,8 @@ class _MoE:
         gate = self.moe.gate
         experts, weights = gate.select(gate.scores(torch.mm(normed.to(self.router.dtype), self.router)))
         # Where the tokens meet most experts, all are read whatever one does.
-        if 2 * experts.numel() >= self.n and self.may_be_wide and x.shape[0] <= WIDE_ROWS:
+        rows, fits = x.shape[0], self.elements <= WIDE_LAYER
+        if 2 * experts.numel() >= self.n and fits and rows <= WIDE_ROWS and rows * self.elements <= WIDE_WORK:
             if self.wide is None:
                 self.wide = _Wide(self.moe, self.dtype)
             return x + self.wide(normed, experts, weights)
