@@ -5,6 +5,7 @@ files of well-known benchmarks are read as their publishers wrote them: `formats
 """
 
 import json
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,3 +104,10 @@ def as_chat(item: Item, examples: Sequence[Item]) -> list[dict[str, Any]]:
         for role, text in (("user", example.question), ("assistant", example.solution.strip()))
     ]
     return [*turns, {"role": "user", "content": item.question}]
+
+
+def chosen(count: int, limit: int | None, seed: int) -> list[int]:
+    """The numbers of the questions that are asked, in order: all, or `limit` of them by chance."""
+    if limit is None or limit >= count:
+        return list(range(count))
+    return sorted(random.Random(f"questions:{seed}").sample(range(count), limit))
