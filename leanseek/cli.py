@@ -247,6 +247,17 @@ def export(
         export_release(run, folder, dtype)
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="One run, or several to compare.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to put it; else the first RUN.")] = None,
+) -> None:
+    """Runs side by side: quality with intervals, cost, expert balance, MTP acceptance; report.html and report.png."""
+    from leanseek.report import report as run_report
+
+    print(run_report(runs, out))
+
+
 bench_app = typer.Typer(help="Measured speed and cost, peers in turn.", rich_markup_mode=None)
 app.add_typer(bench_app, name="bench")
 

@@ -161,7 +161,7 @@ def _agieval(row: Row) -> Item:
     if not row["options"]:
         return _item("math", asked, str(row["answer"]), f" {row['answer']}", "\nAnswer:", group=group)
     choices = _told_apart(_without_letters(row["options"]))
-    key = "".join(row["label"]) if row["label"] is not None else ""
+    key = "".join(letter for letter in "".join(row["label"]) if letter.isalpha())  # "B", "A C" or ["A", "C"]
     return _item(
         "choice", asked + _listed(choices), key, f" {key}", "\nAnswer:", choices=choices, group=group
     )  # fmt: skip
