@@ -33,6 +33,7 @@ class LeanSeekLM(TemplateLM):
         super().__init__()
         self.llm = model if isinstance(model, LLM) else LLM.load(model, **options)
         self.max_length = self.llm.config.max_position_embeddings
+        self._known: dict[str, list[int]] = {}  # texts of the requests at hand, encoded
 
     @property
     def eot_token_id(self) -> int:
@@ -47,11 +48,24 @@ class LeanSeekLM(TemplateLM):
         return f"leanseek-{self.llm.tokenizer.fingerprint}"
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        ids = self.llm.tokenizer.encode(string)
+        ids = self._known.get(string) or self.llm.tokenizer.encode(string)
         return ids if add_special_tokens is False else [self.llm.tokenizer.bos_id, *ids]
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
         return self.llm.tokenizer.render_chat(chat_history, add_generation_prompt)
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """As the harness has it, but each text is encoded once: the choices of a question share theirs."""
+        self._known.clear()
+        texts = {context.rstrip() for context, _ in (request.args for request in requests) if context}
+        texts |= {context + continuation for context, continuation in (request.args for request in requests) if context}
+        ordered = sorted(texts)
+        self._known.update(zip(ordered, self.llm.tokenizer.encode_batch(ordered), strict=True))
+        try:
+            found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm)
+            return found
+        finally:
+            self._known.clear()
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str], list[int], list[int]]], **_: Any
