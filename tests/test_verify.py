@@ -188,6 +188,8 @@ EXACT = [
     ("black cat dog", "cat black dog", False),
     ("] )", "] )", True),
     ("] )", ") ]", False),
+    ("tiny loaf", "The story says: tiny loaf.", True),
+    ("tiny loaf", "The story says: tiny loaf or red boat.", False),
     ("是", "是", True),
     ("是", "不是", False),
 ]
