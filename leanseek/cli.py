@@ -161,7 +161,11 @@ def evaluate(
         if name == "bpb":
             print(f"bpb {result['bpb']:.4f} on {result['bytes']:,} bytes, {result['tokens']:,} tokens")
             continue
-        beside = [f"{key} {result[key]:.4f}" for key in result if "@" in key or key in ("chance", "score_per_byte")]
+        beside = [
+            f"{key} {result[key]:.4f}"
+            for key in result
+            if "@" in key or key in ("chance", "score_per_byte", "score_summed")
+        ]
         within = f"between {result['low']:.4f} and {result['high']:.4f}"
         print(f"{name} {result['score']:.4f}, {within}, of {result['n']:,} questions", *beside, sep=", ")
 

@@ -245,15 +245,23 @@ def lines(result: Row) -> list[Row]:
 
 
 def test_choices_are_compared_by_their_likelihood(llm: LLM, tmp_path: Path) -> None:
-    rows = choices(12, length=2)
+    rows = choices(40, length=2)
     result = ask(llm, read_task(write(tmp_path / "t.jsonl", rows)), Settings(), tmp_path, "w")
-    right = 0
+    right = dict.fromkeys(("score", "score_per_byte", "score_summed"), 0)
     for row, line in zip(rows, lines(result), strict=True):
         expected = [directly(llm, row["prompt"], f" {choice}") for choice in row["choices"]]
         # FP32 over a cache and without one; a span that is one token off differs by whole nats.
         assert line["logprobs"] == pytest.approx(expected, abs=2e-3)
-        right += expected.index(max(expected)) == "ABCD".index(row["answer"])
-    assert result["score"] == pytest.approx(right / 12)
+        sizes = {
+            "score": [len(llm.tokenizer.encode(f" {choice}")) for choice in row["choices"]],
+            "score_per_byte": [len(choice) for choice in row["choices"]],
+            "score_summed": [1] * 4,
+        }
+        for how, over in sizes.items():
+            found = [logprob / size for logprob, size in zip(expected, over, strict=True)]
+            right[how] += found.index(max(found)) == "ABCD".index(row["answer"])
+    assert {how: result[how] for how in right} == pytest.approx({how: count / 40 for how, count in right.items()})
+    assert len(set(right.values())) > 1  # the three can differ
     assert result["chance"] == 0.25
 
 
@@ -301,13 +309,22 @@ def test_an_untrained_model_scores_chance(vocabulary: Tokenizer, tmp_path: Path)
         result = ask(untrained, task, Settings(shots=0), tmp_path, "w")
         assert result["low"] <= result["chance"] == 0.25 <= result["high"]
         assert result["high"] - result["low"] < 0.12
+    uneven = choices(100)
+    for row in uneven:  # summed up, the shortest choice wins whatever it says; the right one is the longest here
+        row["choices"]["ABCD".index(row["answer"])] += " and the old fox"
+    result = ask(untrained, read_task(write(tmp_path / "uneven.jsonl", uneven)), Settings(), tmp_path, "w")
+    assert result["score_summed"] == 0 < result["score"]
 
 
 def test_a_model_that_knows_scores_above_chance(llm: LLM, tmp_path: Path) -> None:
     """The interval can leave chance behind: questions whose key is what the model finds likeliest."""
     rows = choices(60)
     for row in rows:
-        found = [directly(llm, row["prompt"], f" {choice}") for choice in row["choices"]]
+        sizes = [len(llm.tokenizer.encode(f" {choice}")) for choice in row["choices"]]
+        found = [
+            directly(llm, row["prompt"], f" {choice}") / size
+            for choice, size in zip(row["choices"], sizes, strict=True)
+        ]
         row["answer"] = "ABCD"[found.index(max(found))]
     result = ask(llm, read_task(write(tmp_path / "t.jsonl", rows)), Settings(), tmp_path, "w")
     assert result["score"] == 1.0

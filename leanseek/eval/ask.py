@@ -10,7 +10,7 @@ from typing import Any
 
 from leanseek.config import BadInput
 from leanseek.eval.formats import Item
-from leanseek.eval.likelihood import Asked, likelihoods
+from leanseek.eval.likelihood import Asked, Likelihood, likelihoods
 from leanseek.eval.records import Records
 from leanseek.eval.statistics import interval, majority, pass_at_k
 from leanseek.eval.tasks import Task, as_chat, as_text, chosen, examples_for
@@ -155,7 +155,7 @@ def _key(item: Item) -> frozenset[int]:
 
 
 def _compare(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], records: Records) -> None:
-    """Records which continuation of each question is the likeliest."""
+    """Records which continuation of each question surprises the model least."""
     context = asking.llm.config.max_position_embeddings
     asked = {number: _asked(asking, number, prompts[number]) for number in numbers}
     fits = [number for number in numbers if all(len(one.read) <= context for one in asked[number])]
@@ -170,12 +170,20 @@ def _compare(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], 
         if len(likely) == 1:
             records.add(number, {"right": [int(likely[0].greedy)]} | row)
             continue
-        sizes = [len(text.strip().encode()) for text in item.continuations]
         (key,) = _key(item)
-        best = max(range(len(likely)), key=lambda i: likely[i].logprob)
-        best_per_byte = max(range(len(likely)), key=lambda i: likely[i].logprob / sizes[i])
-        row |= {"answer": best, "key": key, "right_per_byte": int(best_per_byte == key), "chance": 1 / len(likely)}
-        records.add(number, {"right": [int(best == key)]} | row)
+        tokens = [len(one.continuation) for one in asked[number]]
+        sizes = [len(text.strip().encode()) for text in item.continuations]
+        # The lowest perplexity, as in the report: summed up, the shortest choice would win whatever it says.
+        answer = _likeliest(likely, tokens)
+        row |= {"answer": answer, "key": key, "chance": 1 / len(likely)}
+        row |= {"right_summed": int(_likeliest(likely, [1] * len(likely)) == key)}
+        row |= {"right_per_byte": int(_likeliest(likely, sizes) == key)}
+        records.add(number, {"right": [int(answer == key)]} | row)
+
+
+def _likeliest(likely: Sequence[Likelihood], over: Sequence[int]) -> int:
+    """The choice with the largest ln p over so much of it; the first of equals."""
+    return max(range(len(likely)), key=lambda i: likely[i].logprob / over[i])
 
 
 # ── by what it writes ─────────────────────────────────────────────────────────────────────────────────────────────
@@ -240,7 +248,8 @@ def summary(task: Task, rows: Sequence[dict[str, Any]], samples: int) -> dict[st
     result: dict[str, Any] = {"score": fmean(scores), "stderr": stderr, "low": low, "high": high, "n": len(rows)}
     compared = [row for row in rows if "right_per_byte" in row]
     if compared:
-        result["score_per_byte"] = sum(row["right_per_byte"] for row in compared) / len(rows)
+        for how in ("per_byte", "summed"):
+            result[f"score_{how}"] = sum(row[f"right_{how}"] for row in compared) / len(rows)
         result["chance"] = fmean(row["chance"] for row in compared)
     if samples > 1:
         k = 1
