@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 from collections.abc import Sequence
 from itertools import combinations
@@ -16,10 +17,12 @@ from leanseek.config import BadInput
 from leanseek.data.puzzles import countdown
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval import ask as ask_module
+from leanseek.eval import verify
 from leanseek.eval.ask import Settings, ask, spans
 from leanseek.eval.harness import evaluate, results_of
 from leanseek.eval.likelihood import Asked
 from leanseek.eval.records import Records
+from leanseek.eval.sandbox import Sandbox
 from leanseek.eval.standing import standing
 from leanseek.eval.statistics import interval, majority, pass_at_k
 from leanseek.eval.tasks import as_chat, as_text, chosen, examples_for, read_task
@@ -378,6 +381,23 @@ def test_several_samples(llm: LLM, tmp_path: Path) -> None:
     assert without_time(again) == without_time(result)
     other = ask(llm, task, Settings(samples=4, max_tokens=5, seed=1), tmp_path, "w")
     assert lines(other) != lines(result)
+
+
+def test_code_is_run_behind_walls_or_not_asked_for(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = read_task(write(tmp_path / "t.jsonl", [MADE["mbpp"][0]]))
+    monkeypatch.setattr(verify.Sandbox, "find", classmethod(lambda cls: (_ for _ in ()).throw(BadInput("no walls"))))
+    with pytest.raises(BadInput, match="no walls"):
+        ask(llm, task, Settings(shots=0, max_tokens=2), tmp_path, "w")
+    assert not llm.engine.metrics.submitted - llm.engine.metrics.finished - llm.engine.metrics.cancelled
+    monkeypatch.undo()
+    try:
+        walls = Sandbox.find().isolation
+    except BadInput as error:
+        if os.environ.get("CI"):
+            raise
+        pytest.skip(str(error))
+    result = ask(llm, task, Settings(shots=0, max_tokens=2), tmp_path, "w")
+    assert (result["isolation"], result["score"], result["cut"]) == (walls, 0.0, 1)
 
 
 def test_a_chatting_model_is_asked_in_turns(llm: LLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -119,11 +119,12 @@ def ask(
     by_likelihood = [number for number in left if asking.by_likelihood(number)]
     for first in range(0, len(by_likelihood), AT_ONCE):
         _compare(asking, by_likelihood[first : first + AT_ONCE], prompts, records)
-    _write(asking, [number for number in left if not asking.by_likelihood(number)], prompts, records)
+    writing = [number for number in left if not asking.by_likelihood(number)]
+    behind = _write(asking, writing, prompts, records)
     drafted = llm.engine.metrics.drafted - before["drafted"]
     accepted = llm.engine.metrics.accepted - before["accepted"]
     result = summary(task, [records.known[number] for number in numbers], settings.samples)
-    result |= {"shots": asking.shots, "asked": len(left), "seconds": round(time.perf_counter() - began, 3)}
+    result |= behind | {"shots": asking.shots, "asked": len(left), "seconds": round(time.perf_counter() - began, 3)}
     return result | ({"drafts_accepted": accepted / drafted} if drafted else {}) | {"records": str(records.path)}
 
 
@@ -189,8 +190,8 @@ def _likeliest(likely: Sequence[Likelihood], over: Sequence[int]) -> int:
 # ── by what it writes ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], records: Records) -> None:
-    """Records what the model writes in reply to each question, and whether that is right."""
+def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], records: Records) -> dict[str, Any]:
+    """Records what the model writes in reply to each question, and whether that is right; what code was run behind."""
     engine, context = asking.llm.engine, asking.llm.config.max_position_embeddings
     waiting = iter(numbers)
     under_way: dict[int, list[Request]] = {}
@@ -204,10 +205,11 @@ def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], re
             under_way[number] = [engine.submit(prompts[number], asking.sampling(number, i)) for i in samples]
             yield number
 
-    if any(asking.task.items[number].row["verify"] == "code" for number in numbers):
-        Verifier().sandbox  # noqa: B018 - refuses now what it would refuse when the first reply has come
+    runs_code = any(asking.task.items[number].row["verify"] == "code" for number in numbers)
     beginning = begin()
     with Verifier() as verifier:
+        # Found before anything is asked: where there are no walls nothing shall be asked in vain.
+        isolation = verifier.sandbox.isolation if runs_code else None
         try:
             more = True
             while more or under_way:
@@ -221,6 +223,7 @@ def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], re
             for requests in under_way.values():
                 for request in requests:
                     engine.cancel(request)
+    return {"isolation": isolation} if isolation else {}
 
 
 def _judge(asking: Asking, number: int, requests: list[Request], verifier: Verifier, records: Records) -> None:
