@@ -58,6 +58,7 @@ MATH_RIGHT = [
     ("17", "it is \\boxed{\\boxed{17}}"),
     ("18", "#### 18\n\nQuestion: What is 20 + 1?"),
     ("4", "答案是4。"),
+    ("$2x+y+1=0$", "the line is $2x+y+1=0$"),
 ]
 
 
@@ -89,6 +90,8 @@ MATH_WRONG = [
     ("\\frac{1}{2}", "\\frac{1}{0}"),
     ("1/2", "1/3"),
     ("x+1", "x-1"),
+    ("2x+y+1=0", "2x+y=0"),
+    ("2x+y+1=0", "0"),
     ("12", "import os; os.system('true')"),
     ("12", "\\boxed{\\input{/etc/passwd}}"),
     ("12", "\\boxed{" * 300 + "12"),
@@ -230,6 +233,15 @@ def test_a_choice_that_is_right(reply: str, judge: Verifier) -> None:
 @pytest.mark.parametrize("reply", [*CHOICE_WRONG, "(" * 5000], ids=lambda text: text[:20])
 def test_a_choice_that_is_not(reply: str, judge: Verifier) -> None:
     assert not judge(reply, row("choice", "B", choices=ANIMALS)).right
+
+
+def test_a_letter_is_a_place_also_among_letters(judge: Verifier) -> None:
+    vitamins = row("choice", "C", choices=["A", "C", "D", "E"])
+    assert judge("C", vitamins).answer == "C"
+    assert judge("C", vitamins).right
+    assert judge("The answer is (C).", vitamins).right
+    assert not judge("D", vitamins).right
+    assert judge("E", row("choice", "E", choices=["A", "C", "E"])).right  # no fifth choice: the text is meant
 
 
 def test_several_are_right_together_only(judge: Verifier) -> None:

@@ -92,7 +92,7 @@ class Verifier:
 
     def _math(self, reply: str, gold: str) -> Verdict:
         said = marked(reply)
-        said = plain_math(_end_of_math(reply) if said is None else said)
+        said = plain_math(_end_of_math(reply, "=" in gold) if said is None else said)
         wanted = plain_math(marked(gold) or gold)
         if not said or len(said) > LONGEST_FORMULA:
             return Verdict(False, None)
@@ -197,14 +197,17 @@ UNITS = re.compile(
 )
 
 
-def _end_of_math(reply: str) -> str:
-    """What an unmarked reply ends in: its last formula, its last line where that has no words, else its last number."""
-    line = _last_line(reply)
+def _end_of_math(reply: str, equation: bool) -> str:
+    """What an unmarked reply ends in: its last formula, its last line where that has no words, else its last number.
+
+    Of an equation what is behind the last sign, unless an equation is asked for.
+    """
+    line, begin = _last_line(reply), 0 if equation else 2
     formulas = [one or other for one, other in re.findall(r"\$([^$]+)\$|\\\((.+?)\\\)", line)]
     if formulas and not WORD.search(formulas[-1]):  # "$5 and $6" is none
-        return formulas[-1].rpartition("=")[2]
+        return "".join(formulas[-1].rpartition("=")[begin:])
     if not WORD.search(plain_math(line)):
-        return line.rpartition("=")[2]
+        return "".join(line.rpartition("=")[begin:])
     numbers = NUMBER.findall(line)
     return numbers[-1] if numbers else line
 
@@ -268,12 +271,15 @@ def _first_line(reply: str) -> str:
 
 
 def key_of(answer: str, choices: Sequence[str]) -> frozenset[int] | None:
-    """The choices that an answer key names: one by its whole text, or some by letters, "B", "(B)", "ACD"; else None."""
-    if answer in choices:
-        return frozenset({choices.index(answer)})
+    """The choices that an answer key names: by a letter, "B" or "(B)", else by its text, else by letters, "ACD".
+
+    None when it names none. A letter comes first: choices may be letters themselves, in another order.
+    """
     letters = re.fullmatch(r"\(?([A-Z]+)[.):]?\)?", answer.strip())
     places = [string.ascii_uppercase.index(letter) for letter in letters[1]] if letters else []
-    known = places and len(set(places)) == len(places) and max(places) < len(choices)
+    known = bool(places) and len(set(places)) == len(places) and max(places) < len(choices)
+    if answer in choices and not (known and len(places) == 1):
+        return frozenset({choices.index(answer)})
     return frozenset(places) if known else None
 
 
@@ -287,7 +293,9 @@ def choice(reply: str, answer: str, choices: Sequence[str]) -> Verdict:
     in_brackets = re.findall(rf"[(（]([{letters}])[)）]", said)
     first = re.match(rf"([{letters}])(?:[.:：)）]|\s*$)", said)
     alone = set(re.findall(rf"(?<![A-Za-z'])([{letters}])(?![A-Za-z'])", said))
-    if len(texts) == 1:
+    if (bare := said.strip("()（）[].:。 ")) in tuple(letters):
+        settled = frozenset({letters.index(bare)})
+    elif len(texts) == 1:
         settled = frozenset(texts)
     elif re.fullmatch(rf"[{letters}(（)）,，、;\s.]+|(?:[(（]?[{letters}][)）]?(?:\s*(?:,|and|和)\s*)?)+", said):
         listed = re.findall(f"[{letters}]", said)
