@@ -372,6 +372,7 @@ BAD_ROWS = [
     (row("regex", "(a"), "answer is no regular expression"),
     (row("choice", "B"), "has no list 'choices'"),
     (row("choice", "B", choices=["a"]), "has no list 'choices'"),
+    (row("choice", "B", choices=["a", " "]), "has no list 'choices'"),
     (row("choice", "E", choices=ANIMALS), "answer names no choice: 'E' of 4"),
     (row("choice", "a green fox", choices=ANIMALS), "answer names no choice"),
     (row("choice", "A", choices=["x", "x"]), "has the same choice twice"),

@@ -151,7 +151,7 @@ def check(row: Mapping[str, Any]) -> str | None:
 
 
 def _texts(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(value, str) and value for value in values)
+    return isinstance(values, list) and all(isinstance(value, str) and value.strip() for value in values)
 
 
 # ── what a reply settles on ───────────────────────────────────────────────────────────────────────────────────────
