@@ -56,6 +56,7 @@ MATH_RIGHT = [
     ("1234", "1,234.00"),
     ("17", "The final answer is **17**."),
     ("17", "it is \\boxed{\\boxed{17}}"),
+    ("17", "Ida says: I have 5. With 12 more it is 17"),
     ("18", "#### 18\n\nQuestion: What is 20 + 1?"),
     ("4", "答案是4。"),
     ("$2x+y+1=0$", "the line is $2x+y+1=0$"),

@@ -28,7 +28,8 @@ LONGEST_EXPRESSION = 200  # characters; deeper nesting than this could hold woul
 LONGEST_FORMULA = 300  # characters; to parse a longer one may take minutes
 LONGEST_ANSWER = 2000  # characters of a reply's end or marked answer that are looked at
 SAYS = re.compile(
-    r"says\s*:|(?:answer|result)(?:\s+is|\s+would\s+be|\s*:|\s*=)+|(?:答案|结果)(?:应该|应当)?(?:是|为|选|[:：])+",
+    r"story says\s*:|(?:answer|result)(?:\s+is|\s+would\s+be|\s*:|\s*=)+"
+    r"|(?:答案|结果)(?:应该|应当)?(?:是|为|选|[:：])+",
     re.IGNORECASE,
 )
 NUMBER = re.compile(r"(?<![\w.])[-+−]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?(?![\w/])|(?<![\w.])[-+−]?\.\d+")
