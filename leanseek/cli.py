@@ -119,21 +119,55 @@ def sft(
 @app.command("eval")
 def evaluate(
     run: Run,
-    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas.")] = "bpb",
+    tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas; bpb unless there is a --task.")] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Score this .txt or .jsonl text; else the validation split.")
     ] = None,
+    task: Annotated[
+        list[Path] | None, typer.Option(metavar="TASK.jsonl", help="A file of questions; may be given more than once.")
+    ] = None,
+    shots: Annotated[int | None, typer.Option(help="Solved examples before each question.")] = None,
+    examples: Annotated[
+        Path | None, typer.Option(metavar="TASK.jsonl", help="Where those come from; else the questions' own file.")
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Replies to each question: pass@k and majority@k.")] = 1,
+    temperature: Annotated[float | None, typer.Option(help="0 for one sample, 0.6 for several, unless told.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="1 for one sample, 0.95 for several, unless told.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a reply.")] = None,
+    limit: Annotated[int | None, typer.Option(help="So many of the questions, chosen by --seed.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    write: Annotated[
+        bool, typer.Option("--write", help="Let the model write its answer where choices would be compared.")
+    ] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Put questions as text to continue, also where a run was taught to chat.")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where records and results are kept; else RUN/eval.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Score a run: bits per byte on its validation text or on any text."""
+    """Score a run: bits per byte, and files of questions with verified answers."""
+    from leanseek.eval.ask import Settings
     from leanseek.eval.harness import evaluate as run_evaluate
 
-    results = run_evaluate(run, tasks.split(","), text)
+    settings = Settings(shots, samples, temperature, top_p, max_tokens, limit, seed, write, raw)
+    named = tasks.split(",") if tasks is not None else [] if task else ["bpb"]
+    results = run_evaluate(run, named, text, task or (), examples, settings, out)
     if as_json:
         print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))  # one task: its own object
         return
-    for task, result in results.items():
-        print(f"{task} {result[task]:.4f} on {result['bytes']:,} bytes, {result['tokens']:,} tokens")
+    for name, result in results.items():
+        if name == "bpb":
+            print(f"bpb {result['bpb']:.4f} on {result['bytes']:,} bytes, {result['tokens']:,} tokens")
+            continue
+        beside = [
+            f"{key} {result[key]:.4f}"
+            for key in result
+            if "@" in key or key in ("chance", "score_per_byte", "score_summed")
+        ]
+        within = f"between {result['low']:.4f} and {result['high']:.4f}"
+        print(f"{name} {result['score']:.4f}, {within}, of {result['n']:,} questions", *beside, sep=", ")
 
 
 @app.command()
@@ -285,6 +319,17 @@ def plan(
 
     request = Request(recipe, tuple(overrides or ()), hardware, gpus, tokens, price, precision, stack, mesh)
     answer(request, budget, out, html, as_json)
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="One run, or several to compare.")],
+    out: Annotated[Path | None, typer.Option(metavar="DIR", help="Where to put it; else the first RUN.")] = None,
+) -> None:
+    """Runs side by side: quality with intervals, cost, expert balance, MTP acceptance; report.html and report.png."""
+    from leanseek.report import report as run_report
+
+    print(run_report(runs, out))
 
 
 bench_app = typer.Typer(help="Measured speed and cost, peers in turn.", rich_markup_mode=None)

@@ -100,6 +100,31 @@ def test_pretrain_says_how_to_go_on_and_prints_the_bill(leanseek, data: Path, tm
     assert all(word in out for word in ("tokens", "FLOPs", "CPU-minutes", "$", "H800", "bits per byte"))
 
 
+def test_eval_of_task_files_and_the_report(leanseek, refusal, run: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "1 + 1 =", "verify": "exact", "answer": "2"}, {"prompt": "2 + 1 ="}]
+    choice = {"prompt": "The fox is", "verify": "choice", "choices": ["red", "old"], "answer": "A"}
+    for name, of in (("sums", rows), ("foxes", [choice] * 5)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+    asked = ("--task", tmp_path / "sums.jsonl", "--task", tmp_path / "foxes.jsonl", "--max-tokens", 2)
+    code, out, err = leanseek("eval", run, *asked, "--json")
+    assert code == 0
+    assert "warning: sums: left out 1 rows; the first, line 2: has no 'verify'" in err
+    found = json.loads(out)
+    assert list(found) == ["sums", "foxes"]
+    assert all({"score", "stderr", "n", "low", "high"} <= result.keys() for result in found.values())
+    assert (found["sums"]["n"], found["sums"]["left_out"], found["foxes"]["chance"]) == (1, 1, 0.5)
+    _, out, _ = leanseek("eval", run, *asked, "--tasks", "bpb")
+    assert [line.split()[0] for line in out.splitlines()] == ["bpb", "sums", "foxes"]
+    assert "of 5 questions" in out
+    code, out, _ = leanseek("report", run)
+    assert code == 0
+    assert str(run / "report.html") in out
+    assert "n 5" in (run / "report.html").read_text()
+    assert "gone.jsonl" in refusal("eval", run, "--task", "gone.jsonl")
+    assert "samples must be at least 1" in refusal("eval", run, *asked, "--samples", 0)
+    assert "not a run" in refusal("report", tmp_path)
+
+
 def test_eval_prints_the_contract_keys(leanseek, run: Path, tmp_path: Path) -> None:
     _, out, _ = leanseek("eval", run, "--json")
     on_validation = json.loads(out)
