@@ -390,6 +390,30 @@ def test_json_mode_gives_an_object(vocabulary: Tokenizer, model: Transformer) ->
 
 
 @pytest.mark.parametrize(
+    ("text", "goes_on"),
+    [
+        ('{"age":1}', True),
+        ('{"age": 1}', True),
+        ('{\n    "age": 1\n}', True),
+        ('{"age":' + 24 * " " + "1}", True),
+        ('{"age":' + 25 * " ", False),
+        ('{"age":' + 13 * " \n", False),
+    ],
+)
+def test_json_may_be_indented_and_not_drown_in_blanks(
+    text: str, goes_on: bool, vocabulary: Tokenizer, model: Transformer
+) -> None:
+    schema = {"type": "object", "properties": {"age": {"type": "integer"}}, "required": ["age"]}
+    matcher = Engine(model, vocabulary).grammars.json_schema(schema).matcher()
+    for token in vocabulary.encode(text):
+        if not matcher.open_tokens()[token]:
+            assert not goes_on
+            return
+        matcher.push(token)
+    assert goes_on
+
+
+@pytest.mark.parametrize(
     "schema",
     [
         {"type": "integer", "minimum": 5, "maximum": 3},

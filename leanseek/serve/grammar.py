@@ -12,6 +12,9 @@ from torch import Tensor
 from leanseek.config import BadInput
 from leanseek.data.tokenizer import Tokenizer
 
+# Between the parts of JSON: enough to indent with, and no room for a model to go on with blanks for ever.
+SPACE = r"[ \n]{0,24}"
+
 
 @dataclass(frozen=True)
 class Grammar:
@@ -47,9 +50,10 @@ class Grammars:
         if not isinstance(schema, dict):
             raise BadInput("a JSON schema is an object")
         try:
-            return self._checked("schema", self.compiler.grammar_from_json_schema(json.dumps(schema)))
+            source = self.compiler.grammar_from_json_schema(json.dumps(schema), overrides={"whitespace_pattern": SPACE})
         except ValueError as error:
             raise BadInput(f"schema: {_first_line(error)}") from None
+        return self._checked("schema", source)
 
     def lark(self, text: str) -> Grammar:
         """A grammar in llguidance's dialect of Lark, where <[7]> is the token with id 7. Raises BadInput."""
