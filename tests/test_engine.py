@@ -296,7 +296,11 @@ def _often_right(model: Transformer) -> object:
             ids = torch.tensor([request.entry.tokens for request in some])
             logits = model.lm_head(model(ids, torch.arange(length).expand_as(ids))[:, -1])
             softer = [replace(request.sampling, temperature=request.sampling.temperature * 1.5) for request in some]
-            tokens = draw(logits.index_fill(-1, self.closed, -math.inf), softer, [length] * len(some))
+            tokens = draw(
+                logits.index_fill(-1, self.closed, -math.inf),
+                softer,
+                lambda row, some=some: some[row].race(self.config.vocab_size),
+            )
             for request, token in zip(some, tokens, strict=True):
                 request.draft = token
 

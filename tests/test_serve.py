@@ -21,7 +21,7 @@ from leanseek.serve import runner as runner_module
 from leanseek.serve.cache import PAGE, Cache, Places
 from leanseek.serve.llm import LLM, Completion, Pieces
 from leanseek.serve.runner import Now, Runner, _MoE, _Wide
-from leanseek.serve.sampling import Sampling, draw, min_p, probabilities, top_k, top_p, with_temperature
+from leanseek.serve.sampling import Sampling, draw, min_p, probabilities, race, top_k, top_p, with_temperature
 from leanseek.serve.writer import StopStrings
 from tests.oracle import fill, tiny
 from tests.runs import CONTEXT, SPARE_ROWS, TEXT, make_run, model_of, tokenizer
@@ -398,7 +398,7 @@ def test_order_is_temperature_then_top_k_then_top_p_then_min_p() -> None:
 
 
 def chi_square(logits: Tensor, drawn_with: Sampling, expected: list[float], draws: int = 20_000) -> float:
-    found = draw(logits.expand(draws, -1), [drawn_with] * draws, range(draws))
+    found = draw(logits.expand(draws, -1), [drawn_with] * draws, lambda row: race(5, row, len(expected)))
     counts = torch.bincount(torch.tensor(found), minlength=len(expected)).tolist()
     assert all(chance or not count for chance, count in zip(expected, counts, strict=True)), "drew a closed token"
     return sum((n - draws * p) ** 2 / (draws * p) for n, p in zip(counts, expected, strict=True) if p)
@@ -419,7 +419,7 @@ def test_extreme_temperatures() -> None:
     logits = torch.tensor([1.0, 2.0, 2.0, -math.inf])
     assert with_temperature(logits.double(), 1e-300).softmax(dim=-1).tolist() == [0, 0.5, 0.5, 0]
     assert probabilities(logits, Sampling(temperature=1e300)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    assert draw((logits + torch.tensor([0, 0, 1e-3, 0]))[None], [GREEDY], [0]) == [2]
+    assert draw((logits + torch.tensor([0, 0, 1e-3, 0]))[None], [GREEDY], lambda row: race(0, 0, 4)) == [2]
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.serve.cache import PAGE, Cache
 from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Now, Runner
-from leanseek.serve.sampling import Sampling, adjust, draw
+from leanseek.serve.sampling import Sampling, adjust, draw, race
 from leanseek.serve.scheduler import Entry, Pages, Scheduler
 from leanseek.serve.speculate import follow
 from leanseek.serve.writer import Writer
@@ -70,6 +70,7 @@ class Request:
         self.draft: int | None = None  # what the MTP module thinks comes next
         self.matcher = grammar.matcher() if grammar is not None else None
         self._writer, self._text = writer, ""
+        self._race: tuple[int, Tensor] | None = None
 
     @property
     def cached(self) -> int:
@@ -80,6 +81,13 @@ class Request:
         """The text that became certain since the last time: whole characters, nothing a stop string may yet cut."""
         text, self._text = self._text, ""
         return text
+
+    def race(self, size: int) -> Tensor:
+        """The times [V] that decide the next token: kept, as a draft and its verification meet the same."""
+        place = len(self.entry.tokens)
+        if self._race is None or self._race[0] != place:
+            self._race = place, race(self.sampling.seed, place, size)
+        return self._race[1]
 
     def push(self, token: int, eos: int, most: int) -> None:
         """Takes a drawn token."""
@@ -314,7 +322,7 @@ class Engine:
             adjust(logits[row], request.sampling, request.prompt, request.drawn)
             if request.matcher is not None:
                 logits[row, : self.tokenizer.vocab_size].masked_fill_(~request.matcher.open_tokens(), float("-inf"))
-        tokens = draw(logits, samplings, [len(request.entry.tokens) for request in requests])
+        tokens = draw(logits, samplings, lambda row: requests[row].race(logits.shape[-1]))
         for row, chances in own.items():
             requests[row].logprobs.append(_told(chances, tokens[row], samplings[row].logprobs or 0))
         return tokens

@@ -7,7 +7,7 @@ for its verification, meets the same chance.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,8 +81,8 @@ class Sampling:
         return not plain or bool(self.logit_bias)
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -> list[int]:
-    """logits [B, V], each row's sampling and the place of the token to be drawn in its text → B token ids.
+def draw(logits: Tensor, samplings: Sequence[Sampling], times: Callable[[int], Tensor]) -> list[int]:
+    """logits [B, V], each row's sampling, and the times of its `race` where it is asked for → B token ids.
 
     A token is the winner of a race: each arrives after an exponential time divided by its probability. So is a draft,
     and because both meet the same times in the same place, a draft is right whenever its distribution is about right.
@@ -94,8 +94,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], places: Sequence[int]) -
     for rows in alike.values():
         some, sampling = logits if len(rows) == len(samplings) else logits[rows], samplings[rows[0]]
         if sampling.temperature > 0:
-            times = torch.stack([race(samplings[row].seed, places[row], logits.shape[-1]) for row in rows])
-            some = probabilities(some, sampling).div_(times)
+            some = probabilities(some, sampling).div_(torch.stack([times(row) for row in rows]))
         for row, token in zip(rows, some.argmax(dim=-1).tolist(), strict=True):
             tokens[row] = token
     return tokens
