@@ -479,6 +479,17 @@ def test_new_weights_are_taken_over_in_place(vocabulary: Tokenizer) -> None:
         assert told.logprob == pytest.approx(expected[told.token].item(), abs=1e-4)
 
 
+def test_what_diverged_weights_left_in_the_cache_does_not_outlast_them(vocabulary: Tokenizer) -> None:
+    model, sound = (model_of(vocabulary, max_position_embeddings=160) for _ in range(2))
+    with torch.no_grad():
+        model.layers["0"].self_attn.kv_a_proj_with_mqa.weight.fill_(math.nan)
+    engine, prompt = Engine(model, vocabulary), ids_of(vocabulary, TEXT)[:60]
+    served(engine, engine.submit(prompt, greedy(3)))
+    assert engine.cache.values.isnan().any()
+    engine.take_over(sound.state_dict())
+    assert served(engine, engine.submit(prompt[:5], greedy(20))) == [alone(sound, vocabulary, prompt[:5], greedy(20))]
+
+
 def test_a_prefix_kept_beyond_new_weights_is_noticed(vocabulary: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = (model_of(vocabulary, max_position_embeddings=160) for _ in range(2))
     fill(other, seed=9)

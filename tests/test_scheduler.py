@@ -250,11 +250,15 @@ def test_a_page_shared_when_weights_change_is_not_given_out_twice() -> None:
         machine.add(list(range(20)), 9)
     machine.step()
     machine.step()
+    assert max(machine.scheduler.pages.holders) == 3
     machine.scheduler.start_over()
     machine.written.clear()
     machine.check()
+    assert machine.scheduler.pages.available == 100
+    assert not any(machine.scheduler.pages.holders)
     run_to_the_end(machine)
     machine.check()
+    assert machine.finished == 3
 
 
 def test_what_could_never_fit_is_refused() -> None:

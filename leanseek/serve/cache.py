@@ -6,7 +6,9 @@ and 71,424 with the MTP module's. Which page is whose is the scheduler's to say.
 """
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import torch
@@ -34,6 +36,13 @@ class Cache:
         self.width = self.latent + config.qk_rope_head_dim
         self.values = _zeros((layers, (1 + pages) * size, self.width), dtype, device)
         self.layers = self.values.unbind()
+
+    def emptied(self) -> Self:
+        """Another of the same shape: what bad weights left would outlast them, and zeroing would take all the memory."""
+        other = copy(self)
+        other.values = _zeros(tuple(self.values.shape), self.values.dtype, self.values.device)
+        other.layers = other.values.unbind()
+        return other
 
     @property
     def bytes_per_token(self) -> int:

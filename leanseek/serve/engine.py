@@ -218,7 +218,7 @@ class Engine:
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
         self.runner = Runner(self.model)
-        self.cache.values.zero_()
+        self.cache = self.cache.emptied()
         self.scheduler.start_over()
 
     # ── a step ────────────────────────────────────────────────────────────────────────────────────────────────────

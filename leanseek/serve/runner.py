@@ -25,9 +25,8 @@ from leanseek.model.rope import rotary
 from leanseek.model.transformer import Transformer
 from leanseek.serve.cache import Cache, Places
 
-SMALL = (
-    1 << 19
-)  # elements of a matrix up to which calls cost more than bytes: products are taken ahead, BF16 is widened
+# Elements of a matrix up to which calls cost more than bytes: products are taken ahead, BF16 is widened.
+SMALL = 1 << 19
 WIDE_ROWS = 256  # rows up to which every expert may do every token rather than having the tokens sorted,
 WIDE_WORK = 1 << 30  # and multiplications for which that is quicker
 WIDE_LAYER = 1 << 26  # elements of a layer's experts that may be kept a second time, in the order which that needs
