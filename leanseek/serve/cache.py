@@ -38,7 +38,7 @@ class Cache:
         self.layers = self.values.unbind()
 
     def emptied(self) -> Self:
-        """Another of the same shape: what bad weights left would outlast them, and zeroing would take all the memory."""
+        """Another of the same shape: zeroing this one would take all the memory that it may grow to."""
         other = copy(self)
         other.values = _zeros(tuple(self.values.shape), self.values.dtype, self.values.device)
         other.layers = other.values.unbind()
