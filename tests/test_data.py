@@ -19,24 +19,17 @@ import zstandard
 
 from leanseek.config import BadInput, DataConfig, Stage
 from leanseek.data import prepare as prepare_module
-from leanseek.data import read
-from leanseek.data.clean import (
-    BANDS,
-    ROWS,
-    SHINGLE,
-    WORD,
-    content_hash,
-    decode_utf8,
-    minhash,
-    mix,
-    near_duplicates,
-    repair_utf8,
-)
+from leanseek.data import read, workers
+from leanseek.data.clean import decode_utf8, mix, repair_utf8
+from leanseek.data.duplicates import BANDS, ROWS, SHINGLE, minhash, near_duplicates
+from leanseek.data.filters import Filters
 from leanseek.data.loader import NO_TARGET, Loader
 from leanseek.data.packing import Rows, best_fit, concat, interleave
-from leanseek.data.prepare import clean_batch, prepare
+from leanseek.data.prepare import prepare
 from leanseek.data.shards import Data, ShardWriter, open_data, write_manifest
 from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
+from leanseek.data.words import WORD, content_hash
+from leanseek.data.workers import clean_batch
 
 NOUNS = ["ship", "harbour", "lamp", "river", "baker", "door", "captain", "stone", "letter", "winter", "garden", "road"]
 VERBS = ["found", "carried", "forgot", "painted", "followed", "sold", "mended", "watched"]
@@ -398,12 +391,12 @@ def test_a_refusal_in_a_worker_is_as_clear(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["l.txt"]
 
 
-def die(batch: object) -> None:
+def die(batch: object, source: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_worker_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "clean_batch", die)
+    monkeypatch.setattr(workers, "_clean", die)
     file = write_jsonl(tmp_path / "s.jsonl", stories(5, 5))
     with pytest.raises(BadInput, match="a worker process was killed"):
         prepare([file], tmp_path / "D", workers=2)
@@ -485,16 +478,66 @@ def test_a_killed_prepare_leaves_no_half_folder(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failed_prepare_clears_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+def test_a_full_disk_clears_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*arguments: object) -> None:
-        raise error
+        raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(prepare_module, "write_manifest", fail)
     file = write_jsonl(tmp_path / "s.jsonl", stories(5, 5))
-    with pytest.raises(type(error)):
+    with pytest.raises(OSError, match="No space"):
         prepare([file], tmp_path / "D")
     assert os.listdir(tmp_path) == ["s.jsonl"]
+
+
+@pytest.mark.parametrize("stage", ["_read", "_choose", "_learn", "_tokenise", "write_manifest"])
+def test_an_interrupted_prepare_goes_on_where_it_was(
+    corpus: list[str], tmp_path: Path, stage: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_jsonl(tmp_path / "s.jsonl", corpus[:100])
+    whole = prepare([file], tmp_path / "whole", vocab_size=400)
+    calls = Counter[str]()
+
+    def watch(name: str, fails: bool) -> None:
+        real = getattr(prepare_module, name)
+
+        def call(*arguments: Any) -> Any:
+            calls[name] += 1
+            result = real(*arguments)  # it is cut off at its very end, before anything is noted
+            if fails and calls[name] == 1:
+                raise KeyboardInterrupt
+            return result
+
+        monkeypatch.setattr(prepare_module, name, call)
+
+    stages = ["_read", "_choose", "_learn", "_tokenise", "write_manifest"]
+    for name in stages:
+        watch(name, fails=name == stage)
+    with pytest.raises(KeyboardInterrupt):
+        prepare([file], tmp_path / "D", vocab_size=400)
+    assert not (tmp_path / "D").exists()
+    report = prepare([file], tmp_path / "D", vocab_size=400)
+    before, after = stages[: stages.index(stage)], stages[stages.index(stage) + 1 :]
+    redone = {stage, "_tokenise"} if stage == "write_manifest" else {stage}
+    assert {name for name in stages if calls[name] == 2} == redone
+    assert all(calls[name] == 1 for name in before + after if name not in redone)
+    assert open_data(tmp_path / "D").fingerprint == open_data(tmp_path / "whole").fingerprint
+    assert (report.documents, report.tokens) == (whole.documents, whole.tokens)
+    assert ("goes on after" in capsys.readouterr().err) == (stage != "_read")
+    assert sorted(os.listdir(tmp_path / "D")) == ["manifest.json", "shards", "tokenizer"]
+
+
+def test_another_request_does_not_go_on(corpus: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_jsonl(tmp_path / "s.jsonl", corpus[:100])
+    with monkeypatch.context() as patch:
+        patch.setattr(prepare_module, "_learn", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare([file], tmp_path / "D", vocab_size=400)
+    write_jsonl(tmp_path / "s.jsonl", corpus[:50])
+    assert prepare([file], tmp_path / "D", vocab_size=400).documents_in == 50
+
+
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_progress_bars_and_plain_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -534,10 +577,10 @@ def test_the_tokenizer_sees_no_more_than_its_sample(
 
 
 def test_clean_batch_is_pure() -> None:
-    batch = prepare_module.Batch("rows", 0, "w", ["one text", "one text", None])
-    first, again = clean_batch(batch), clean_batch(batch)
-    assert first.hashes == again.hashes
-    assert all((a == b).all() for a, b in zip(first.signatures, again.signatures, strict=True))
+    batch = read.Batch("rows", 0, "w", ["one text", "one text", None])
+    first, again = (clean_batch(batch, "w", Filters()).documents for _ in range(2))
+    assert [(a.content, a.signature.tobytes()) for a in first] == [(b.content, b.signature.tobytes()) for b in again]
+    assert len(first) == 2
 
 
 # ── shards ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -931,8 +974,8 @@ def test_the_tokenizer_does_not_learn_from_given_validation_text(corpus: list[st
 def test_workers_change_nothing_about_given_validation_text(corpus: list[str], tmp_path: Path) -> None:
     train = write_jsonl(tmp_path / "train.jsonl", corpus)
     val = write_jsonl(tmp_path / "val.jsonl", corpus[:7])
-    for workers in (1, 2):
-        prepare([train], tmp_path / f"D{workers}", vocab_size=600, workers=workers, validation=[val])
+    for n in (1, 2):
+        prepare([train], tmp_path / f"D{n}", vocab_size=600, workers=n, validation=[val])
     assert open_data(tmp_path / "D1").fingerprint == open_data(tmp_path / "D2").fingerprint
 
 

@@ -1,23 +1,15 @@
-"""Cleaning and duplicate removal: pure functions over documents (report §4.1).
+"""Bytes to text, and random numbers that are the same everywhere: pure functions (report §4.1)."""
 
-Near duplicates are found by MinHash: documents as sets of five-word shingles, 112 permutations in 14 bands of 8, every
-candidate verified by the Jaccard similarity that its whole signature estimates.
-"""
-
-import hashlib
 import re
-from collections import defaultdict
+import unicodedata
 
 import numpy as np
 
 from leanseek.config import BadInput
 
-SHINGLE, BANDS, ROWS = 5, 14, 8
-PERMUTATIONS = BANDS * ROWS
-# Scripts that write no spaces between words count every character as a word.
-WORD = re.compile(r"[぀-ヿ㐀-鿿가-힣]|[^\W぀-ヿ㐀-鿿가-힣]+")
 ESCAPED = re.compile("[\udc80-\udcff]")
-BLOCK = 4096  # shingles hashed at once: the [112, 4096] table stays in the processor's cache
+# Control characters but tab and line feed, and the marks that only say how to show what stands beside them.
+UNSEEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b\u2060\ufeff]")
 
 
 def mix(*words: int | np.ndarray) -> np.ndarray:
@@ -50,14 +42,16 @@ def repair_utf8(raw: bytes) -> tuple[str, int, int]:
     return text, replaced, first
 
 
-def decode_utf8(raw: bytes) -> tuple[str, int]:
-    """Text of a file that should be UTF-8 and the number of bytes replaced in it, at most 1%.
+def decode_utf8(raw: bytes, offset: int = 0) -> tuple[str, int]:
+    """Text of a file, or of its part from `offset`, that should be UTF-8; and the bytes replaced in it, at most 1%.
 
     Raises BadInput with the offset of the first offending byte when there are more, or when the file is UTF-16.
     """
     text, replaced, first = repair_utf8(raw)
     if too_damaged(raw[:2], len(raw), replaced):
-        raise BadInput(f"not UTF-8: byte {first} is the first of {replaced} that cannot be decoded; convert it first")
+        raise BadInput(
+            f"not UTF-8: byte {offset + first} is the first of {replaced} that cannot be decoded; convert it first"
+        )
     return text, replaced
 
 
@@ -66,62 +60,7 @@ def too_damaged(start: bytes, size: int, replaced: int) -> bool:
     return replaced > 0.01 * size or start in (b"\xff\xfe", b"\xfe\xff")
 
 
-def content_hash(text: str) -> bytes:
-    """SHA-256 of the text's UTF-8: equal texts and no others share it."""
-    return hashlib.sha256(text.encode()).digest()
-
-
-class WordHashes(dict[str, int]):
-    """Words to 64-bit hashes, each computed once."""
-
-    def __missing__(self, word: str) -> int:
-        self[word] = value = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return value
-
-
-def minhash(text: str, hashes: WordHashes | None = None) -> np.ndarray:
-    """MinHash signature [112] uint32 of a text's five-word shingles, letter case and punctuation aside.
-
-    Fewer than five words have no shingle; such a text is its own only one, so that "1 + 2" is no duplicate of "1 - 2".
-    `hashes` may be kept between calls: it only saves time.
-    """
-    hashes = WordHashes() if hashes is None else hashes
-    words = WORD.findall(text.lower())
-    if len(words) < SHINGLE:
-        shingles = mix(int.from_bytes(content_hash(text)[:8], "little")).reshape(1)
-    else:
-        numbers = np.fromiter(map(hashes.__getitem__, words), np.uint64, len(words))
-        count = len(words) - SHINGLE + 1
-        shingles = mix(*(numbers[i : i + count] for i in range(SHINGLE)))
-    factors, terms = _permutations()
-    smallest = np.full(PERMUTATIONS, np.iinfo(np.uint64).max)
-    for start in range(0, len(shingles), BLOCK):
-        permuted = factors * shingles[None, start : start + BLOCK]  # [112, ≤4096], modulo 2^64
-        permuted += terms
-        np.minimum(smallest, permuted.min(axis=1), out=smallest)
-    return (smallest >> np.uint64(32)).astype(np.uint32)
-
-
-def near_duplicates(signatures: np.ndarray, threshold: float = 0.8) -> np.ndarray:
-    """Which documents to keep [D] bool, given their signatures [D, 112] uint32: the first of its like, in order.
-
-    A document goes when one that is kept shares a band with it and at least `threshold` of the whole signature.
-    """
-    keep = np.ones(len(signatures), bool)
-    bands = np.ascontiguousarray(signatures).reshape(len(signatures), BANDS, ROWS)
-    seen: list[defaultdict[bytes, list[int]]] = [defaultdict(list) for _ in range(BANDS)]
-    for i, signature in enumerate(bands):
-        buckets = [table[band.tobytes()] for table, band in zip(seen, signature, strict=True)]
-        candidates = np.array(sorted({j for bucket in buckets for j in bucket}), np.int64)
-        if len(candidates) and (signatures[candidates] == signatures[i]).mean(axis=1).max() >= threshold:
-            keep[i] = False
-            continue
-        for bucket in buckets:
-            bucket.append(i)
-    return keep
-
-
-def _permutations() -> tuple[np.ndarray, np.ndarray]:
-    """Odd factors and terms [112, 1] of the maps x → a·x + b modulo 2^64, of which the upper half is kept."""
-    numbers = np.arange(PERMUTATIONS)[:, None]
-    return mix(1, numbers) | np.uint64(1), mix(2, numbers)
+def normalise(text: str) -> str:
+    """Composed characters (NFC), line feeds alone at the ends of lines, no invisible characters."""
+    text = unicodedata.normalize("NFC", text)
+    return UNSEEN.sub("", text.replace("\r\n", "\n").replace("\r", "\n"))

@@ -18,6 +18,8 @@ from leanseek.data.storyworld import MADE, PRETRAINING
 
 SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
+LONGEST_LINE = 16 << 20  # bytes; a longer one is passed over, so that no single record fills the memory
+LONGEST_TEXT = 8 << 20  # bytes of a text file that is one document; a longer one is cut into pieces of a megabyte
 
 
 @dataclass(frozen=True)
@@ -41,10 +43,11 @@ class Source:
 class Batch:
     """Records of one file for one worker.
 
-    `rows`: a whole text file, lines of JSONL, texts (anything, None too), or (number, bytes) of what is to be made up.
+    `rows`: a whole text file or a piece of one, lines of JSONL, texts (anything, None too), (number, bytes) of what is
+    to be made up, or (why, bytes) of what is passed over.
     """
 
-    kind: str  # text, jsonl, rows, made
+    kind: str  # text, jsonl, rows, made, passed over
     source: int
     where: str
     rows: list[Any]
@@ -138,6 +141,27 @@ def find_source(text: str) -> Source:
     return Source(name or SUFFIX.sub("", path.name), (path,))
 
 
+def strings_of(source: Source) -> Iterator[str]:
+    """Every text in every record of files, whatever it is called there: evaluations name theirs as they like."""
+    for batch in batches([source]):
+        if batch.kind == "jsonl":
+            for row in batch.rows:
+                try:
+                    yield from _strings(json.loads(repair_utf8(row)[0] or "null"))
+                except (ValueError, RecursionError):
+                    yield repair_utf8(row)[0]
+        else:
+            yield from (text.decode() for text in parse(batch).texts)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
 def _size(text: str, where: str) -> int:
     """Bytes as 5000000, 5e6 or 5MB. Raises BadInput."""
     units = {"KB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -161,27 +185,70 @@ def batches(sources: list[Source]) -> Iterator[Batch]:
             size = min(READ, source.made_bytes - batch * READ)
             yield Batch("made", number, source.made, [(batch, size)], batch + 1)
         for file in source.files:
-            suffix = SUFFIX.search(file.name)[1].lower()  # type: ignore[index]
-            if suffix == ".parquet":
-                yield from _parquet_batches(number, file)
-            elif suffix == ".jsonl":
-                yield from _line_batches(number, file)
-            else:
-                yield Batch("text", number, str(file), [b"".join(_chunks(file))], folder=source.folder)
+            try:
+                yield from _batches_of(number, file, source.folder)
+            except BadInput as error:
+                if not source.folder:
+                    raise
+                yield Batch("passed over", number, str(file), [(str(error).removeprefix(f"{file}: "), 0)], 0)
+
+
+def _batches_of(source: int, file: Path, folder: bool) -> Iterator[Batch]:
+    match SUFFIX.search(file.name)[1].lower():  # type: ignore[index]
+        case ".parquet":
+            yield from _parquet_batches(source, file)
+        case ".jsonl":
+            yield from _line_batches(source, file)
+        case _:
+            yield from _text_batches(source, file, folder)
+
+
+def _text_batches(source: int, file: Path, folder: bool) -> Iterator[Batch]:
+    held, offset, cut = b"", 0, False
+    for chunk in _chunks(file):
+        held += chunk
+        cut = cut or len(held) > LONGEST_TEXT
+        while cut and len(held) > READ:
+            end = held.rfind(b"\n", 0, READ) + 1 or READ
+            while held[end] & 0xC0 == 0x80:  # in the middle of a character
+                end -= 1
+            yield Batch("text", source, str(file), [held[:end]], 1, offset, folder)
+            held, offset = held[end:], offset + end
+    if held or not offset:
+        yield Batch("text", source, str(file), [held], 1, offset, folder)
 
 
 def _line_batches(source: int, file: Path) -> Iterator[Batch]:
-    first, offset, left = 1, 0, b""
+    first, offset = 1, 0  # of the line that is being read
+    held: list[bytes] = []  # what there is of it, and how long it is: beyond the limit it is only measured
+    size = 0
     for chunk in _chunks(file):
-        whole, newline, rest = chunk.rpartition(b"\n")
+        head, newline, tail = chunk.partition(b"\n")
+        held.append(head)
+        size += len(head)
+        if size > LONGEST_LINE:
+            held.clear()
         if not newline:
-            left += chunk
             continue
-        rows = (left + whole).split(b"\n")
-        yield Batch("jsonl", source, str(file), rows, first, offset)
-        first, offset, left = first + len(rows), offset + len(left) + len(whole) + 1, rest
-    if left:
-        yield Batch("jsonl", source, str(file), [left], first, offset)
+        if size > LONGEST_LINE:
+            yield _too_long(source, file, size, first)
+            first, offset, lines = first + 1, offset + size + 1, tail
+        else:
+            lines = b"".join(held) + newline + tail
+        whole, newline, rest = lines.rpartition(b"\n")
+        if newline:
+            rows = whole.split(b"\n")
+            yield Batch("jsonl", source, str(file), rows, first, offset)
+            first, offset = first + len(rows), offset + len(whole) + 1
+        held, size = [rest], len(rest)
+    if size > LONGEST_LINE:
+        yield _too_long(source, file, size, first)
+    elif size:
+        yield Batch("jsonl", source, str(file), [b"".join(held)], first, offset)
+
+
+def _too_long(source: int, file: Path, size: int, line: int) -> Batch:
+    return Batch("passed over", source, str(file), [(f"line longer than {LONGEST_LINE >> 20} MiB", size)], line)
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -257,12 +324,17 @@ def parse(batch: Batch) -> Records:
     if batch.kind == "made":
         rows = [text for number, size in rows for text in MADE[batch.where](PRETRAINING, number, size)]
     for number, row in enumerate(rows, batch.first):
-        where = f"{batch.where} line {number}" if batch.kind != "text" else batch.where
+        where = batch.where if batch.kind == "text" or number == 0 else f"{batch.where} line {number}"
+        if batch.kind == "passed over":
+            why, size = row
+            done.bad.setdefault(why, []).append(where)
+            done.size += size
+            continue
         text, replaced = row, 0
         if batch.kind == "text":
             done.size += len(row)
             try:
-                text, replaced = decode_utf8(row)
+                text, replaced = decode_utf8(row, batch.offset)
             except BadInput as error:
                 if not batch.folder:
                     raise BadInput(f"{batch.where}: {error}") from None
