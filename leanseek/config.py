@@ -199,6 +199,8 @@ class ScheduleConfig(Section):
 class DataConfig(Section):
     packing: Literal["best_fit", "concat"] = "best_fit"
     fim_rate: float = Field(0.0, ge=0, le=1)
+    split_rate: float = Field(0.0, ge=0, le=1)  # of the tokens that join punctuation and line breaks (report §4.1)
+    most_epochs: float | None = Field(None, gt=0)  # how often any source may be read over the whole run
 
 
 class Stage(Section):
@@ -207,6 +209,7 @@ class Stage(Section):
     sequence_length: int = Field(gt=1)
     share: float = Field(1.0, gt=0, le=1)
     mixture: dict[str, float] = Field(default_factory=dict)  # weight by source; empty: every row alike
+    temperature: float | None = Field(None, ge=1)  # weights are multiplied by the source's tokens ^ (1 / temperature)
 
     @model_validator(mode="after")
     def _weights(self) -> Self:

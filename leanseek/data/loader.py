@@ -1,4 +1,4 @@
-"""Token shards to batches: packing, fill-in-the-middle and mixtures (report §4.1).
+"""Token shards to batches: packing, fill-in-the-middle, split tokens and mixtures (report §4.1).
 
 A batch is a pure function of (seed, stage, sample, rank, ranks). What a stage reads, and in which order, follows from
 its index, which follows from (seed, stage) and the data alone; so resuming is exact and the global order does not
@@ -13,13 +13,15 @@ import numpy as np
 
 from leanseek.config import BadInput, DataConfig, Stage
 from leanseek.data.clean import mix
+from leanseek.data.mixture import DECIMALS, shares, within
 from leanseek.data.packing import Rows, best_fit, concat, interleave
 from leanseek.data.shards import Data, Shard
+from leanseek.data.split import Splitter
 from leanseek.data.tokenizer import FIM_BEGIN, FIM_END, FIM_HOLE, Tokenizer
 
 NO_TARGET = -100
 # What random numbers are for: the word after the seed, so that no two uses share them.
-ORDER, DOCUMENT_ORDER, FIM_CHOICE, FIM_CUT = range(4)
+ORDER, DOCUMENT_ORDER, FIM_CHOICE, FIM_CUT, SPLIT = range(5)
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,12 @@ class Loader:
         self.data_config, self.tokenizer = data_config, tokenizer
         self._shards = data.select("train")
         self._ends = np.cumsum([shard.entry.documents for shard in self._shards])  # document numbers by shard
-        for stage in stages:
-            for name in stage.mixture:
-                data.select("train", name)  # refuses a name that is not there, of weight 0 too
-            for source in _pools(stage):
-                if not data.counts("train", source).tokens:
-                    named = f" of source {source!r}" if source else ""
-                    raise BadInput(f"{data.folder}: no training text{named}")
+        self._splitter = Splitter(tokenizer, data_config.split_rate) if data_config.split_rate else None
+        self._mixtures = self._mix()
         self.rows = lru_cache(maxsize=None)(self._rows)  # one index per stage and source
         self._turns = lru_cache(maxsize=None)(self._interleave)
         self._order = lru_cache(maxsize=2 * len(data.sources) + 2)(self._permutation)
-        self._fim_tokens = lru_cache(maxsize=128)(self._fim_document)
+        self._changed = lru_cache(maxsize=128)(self._changed_document)
 
     def samples(self, stage: int) -> int:
         """Rows the stage trains on: its share of the budget, in whole rows."""
@@ -81,7 +78,7 @@ class Loader:
 
     def epochs(self, stage: int, sample: int) -> dict[str, float]:
         """How often each source, or all text as "", has been read after `sample` rows of the stage."""
-        pools = _pools(self.stages[stage])
+        pools = list(self._mixtures[stage])
         if len(pools) == 1:
             taken = [sample]
         else:
@@ -107,11 +104,43 @@ class Loader:
                 at += length
         return Batch(np.ascontiguousarray(ids[:, :-1]), np.ascontiguousarray(targets[:, 1:]))
 
+    # ── how much of which source ──────────────────────────────────────────────────────────────────────────────────────
+
+    def _mix(self) -> tuple[dict[str | None, float], ...]:
+        """The sources that each stage draws from, with their weights; {None: 1} for all rows alike."""
+        most = self.data_config.most_epochs
+        counts = {name: self.data.counts("train", name) for name in self.data.sources}
+        every = [name for name, count in counts.items() if count.tokens]
+        tokens = {name: counts[name].tokens + 2 * counts[name].documents for name in every}  # with BOS and EOS
+        left = {name: n * most if most else math.inf for name, n in tokens.items()}
+        mixtures: list[dict[str | None, float]] = []
+        for stage in self.stages:
+            weights = stage.mixture or dict.fromkeys(every, 1.0)
+            for name, weight in weights.items():
+                self.data.select("train", name)  # refuses a name that is not there, of weight 0 too
+                if weight and not tokens.get(name):
+                    raise BadInput(f"{self.data.folder}: no training text of source {name!r}")
+            if not every:
+                raise BadInput(f"{self.data.folder}: no training text")
+            wanted = stage.share * self.total_tokens
+            as_written = bool(stage.mixture) and stage.temperature is None
+            asked = shares(weights, dict.fromkeys(weights, 1) if as_written else tokens, stage.temperature or 1.0)
+            given = within(asked, wanted, left)
+            for name, share in given.items():
+                left[name] -= share * wanted
+            if stage.temperature is not None or any(not math.isclose(asked[name], given[name]) for name in given):
+                mixtures.append({name: rounded for name, share in given.items() if (rounded := round(share, DECIMALS))})
+            elif stage.mixture:
+                mixtures.append({name: weight for name, weight in weights.items() if weight})
+            else:
+                mixtures.append({None: 1.0})
+        return tuple(mixtures)
+
     # ── which row comes when ──────────────────────────────────────────────────────────────────────────────────────
 
     def _locate(self, stage: int, sample: int) -> tuple[str | None, int]:
         """The source and row that sample of a stage is."""
-        pools = _pools(self.stages[stage])
+        pools = list(self._mixtures[stage])
         if len(pools) == 1:
             pool, turn = 0, sample
         else:
@@ -127,8 +156,7 @@ class Loader:
         return shuffled(rows, self.seed, ORDER, stage, self._pool_number(source), epoch)
 
     def _interleave(self, stage: int) -> tuple[np.ndarray, np.ndarray, list[int]]:
-        mixture = self.stages[stage].mixture
-        return interleave([mixture[source] for source in _pools(self.stages[stage]) if source], self.samples(stage))
+        return interleave(list(self._mixtures[stage].values()), self.samples(stage))
 
     def _pool_number(self, source: str | None) -> int:
         return 0 if source is None else 1 + self.data.sources.index(source)
@@ -145,22 +173,19 @@ class Loader:
 
     def _lengths(self, stage: int, source: str | None) -> tuple[np.ndarray, np.ndarray]:
         """Numbers and lengths [D] of a source's documents, BOS and EOS included, after fill-in-the-middle."""
-        documents, lengths, first = [], [], 0
-        for shard in self._shards:
-            numbers = np.arange(first, first + shard.entry.documents)
-            first += shard.entry.documents
-            if source in (None, shard.entry.source):
-                documents.append(numbers)
-                lengths.append(np.diff(shard.starts) + 2)
-        numbers, sizes = np.concatenate(documents), np.concatenate(lengths)
+        places = [i for i, shard in enumerate(self._shards) if source in (None, shard.entry.source)]
+        numbers = np.concatenate([self._numbers(i) for i in places])
+        sizes = np.concatenate([np.diff(self._shards[i].starts) + 2 for i in places])
+        if self._splitter is not None:
+            sizes = sizes + np.concatenate([self._more_by_splitting(stage, i) for i in places])
         for i in np.flatnonzero(self._has_fim(stage, numbers)):
             sizes[i] = len(self._fim_document(stage, int(numbers[i])))
         return numbers, sizes
 
     def _tokens(self, stage: int, document: int, start: int, length: int) -> np.ndarray:
         """Tokens start … start + length − 1 of BOS, document, EOS."""
-        if self._has_fim(stage, np.array([document]))[0]:
-            return self._fim_tokens(stage, document)[start : start + length]
+        if self._splitter is not None or self._has_fim(stage, np.array([document]))[0]:
+            return self._changed(stage, document)[start : start + length]
         ids = self._stored(document)
         tokens = np.empty(length, np.int64)
         inside = ids[max(start - 1, 0) : start - 1 + length]
@@ -178,6 +203,31 @@ class Loader:
         i = document - (int(self._ends[place]) - shard.entry.documents)
         return shard.ids[shard.starts[i] : shard.starts[i + 1]]
 
+    def _numbers(self, place: int) -> np.ndarray:
+        """The numbers of a shard's documents [D]."""
+        after = int(self._ends[place])
+        return np.arange(after - self._shards[place].entry.documents, after)
+
+    def _changed_document(self, stage: int, document: int) -> np.ndarray:
+        """BOS, document, EOS, with tokens split or parts moved."""
+        if self._has_fim(stage, np.array([document]))[0]:
+            return self._fim_document(stage, document)
+        ids = self._stored(document).astype(np.int64)
+        if self._splitter is not None:
+            chance = mix(self.seed, SPLIT, stage, document, np.arange(len(ids)))
+            ids = self._splitter.split(ids, chance)
+        return np.concatenate(([self.tokenizer.bos_id], ids, [self.tokenizer.eos_id]))
+
+    def _more_by_splitting(self, stage: int, place: int) -> np.ndarray:
+        """How many tokens longer each document of a shard becomes [D]."""
+        assert self._splitter is not None
+        shard = self._shards[place]
+        joined = self._splitter.places(shard.ids)
+        which = np.searchsorted(shard.starts, joined, side="right") - 1
+        chance = mix(self.seed, SPLIT, stage, self._numbers(place)[which], joined - shard.starts[which])
+        more = self._splitter.more(shard.ids[joined], chance)
+        return np.bincount(which, more, minlength=shard.entry.documents).astype(np.int64)
+
     def _has_fim(self, stage: int, documents: np.ndarray) -> np.ndarray:
         chance = mix(self.seed, FIM_CHOICE, stage, documents) >> np.uint64(11)  # 53 bits, as a float has
         return chance < np.uint64(self.data_config.fim_rate * 2**53)
@@ -190,11 +240,6 @@ class Loader:
         begin, hole, end = (self.tokenizer.special[name] for name in (FIM_BEGIN, FIM_HOLE, FIM_END))
         parts = [self.tokenizer.bos_id, begin, *prefix, hole, *suffix, end, *middle, self.tokenizer.eos_id]
         return np.array(parts, np.int64)
-
-
-def _pools(stage: Stage) -> list[str | None]:
-    """The sources a stage draws from by weight; [None] for all rows alike."""
-    return [source for source, weight in stage.mixture.items() if weight] or [None]
 
 
 def whole_rows(stage: Stage, total_tokens: int) -> int:
