@@ -72,11 +72,48 @@ def prepare(
         list[str] | None,
         typer.Option(metavar="INPUT", help="Hold out this text, whole, and nothing else; may be given more than once."),
     ] = None,
+    normalise: Annotated[bool, typer.Option("--normalise", help="NFC, plain line ends, nothing invisible.")] = False,
+    language: Annotated[
+        list[str] | None, typer.Option(metavar="[SOURCE=]CODE,…", help="Keep only texts in these languages.")
+    ] = None,
+    quality: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SOURCE", help="Texts of this source, or of all, must keep Gopher's rules."),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(metavar="INPUT", help="Drop texts that share thirteen words in a row with this evaluation."),
+    ] = None,
+    mask_personal: Annotated[
+        bool, typer.Option("--mask-personal", help="Replace e-mail addresses, telephone numbers and keys.")
+    ] = False,
+    good: Annotated[
+        list[str] | None, typer.Option(metavar="INPUT", help="What a judge of quality learns to like …")
+    ] = None,
+    bad: Annotated[list[str] | None, typer.Option(metavar="INPUT", help="… and what not.")] = None,
+    keep_best: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[SOURCE=]SHARE", help="Keep this share of the text, the best by the judge."),
+    ] = None,
 ) -> None:
-    """Clean, deduplicate, train or reuse a tokenizer, tokenise into shards."""
+    """Clean, deduplicate, train or reuse a tokenizer, tokenise into shards.
+
+    Killed, the same command goes on where it was.
+    """
+    from leanseek.data.prepare import Cleaning
     from leanseek.data.prepare import prepare as run_prepare
 
-    report = run_prepare(inputs, out, vocab_size, tokenizer, workers, sys.stderr.isatty(), validation)
+    cleaning = Cleaning(
+        normalise=normalise,
+        languages=language or (),
+        quality=quality or (),
+        against=against or (),
+        personal=mask_personal,
+        good=good or (),
+        bad=bad or (),
+        keep_best=keep_best or (),
+    )
+    report = run_prepare(inputs, out, vocab_size, tokenizer, workers, sys.stderr.isatty(), validation, cleaning)
     print("\n".join(report.lines()))
 
 

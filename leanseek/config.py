@@ -250,7 +250,7 @@ class Config(Section):
 
 def recipe_names() -> list[str]:
     """The shipped recipes, smallest first."""
-    order = ["nano", "demo", "bench-20m", "small", "v2-lite", "v2", "v3"]
+    order = ["nano", "demo", "mix", "bench-20m", "small", "v2-lite", "v2", "v3"]
     found = [item.name[:-5] for item in resources.files("leanseek.recipes").iterdir() if item.name.endswith(".toml")]
     return sorted(found, key=lambda name: (order.index(name) if name in order else len(order), name))
 

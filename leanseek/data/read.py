@@ -248,7 +248,7 @@ def _line_batches(source: int, file: Path) -> Iterator[Batch]:
 
 
 def _too_long(source: int, file: Path, size: int, line: int) -> Batch:
-    return Batch("passed over", source, str(file), [(f"line longer than {LONGEST_LINE >> 20} MiB", size)], line)
+    return Batch("passed over", source, str(file), [(f"line longer than {LONGEST_LINE >> 20} MiB", size + 1)], line)
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
