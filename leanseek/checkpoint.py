@@ -221,6 +221,14 @@ class Checkpoint:
         """The folder with the weights, for `load_model_weights`."""
         return self.path / "model"
 
+    def weights(self, averaged: bool) -> Path:
+        """The folder with the weights, or with their moving average. Raises BadInput where none was kept."""
+        if not averaged:
+            return self.model
+        if not (self.path / "ema").is_dir():
+            raise BadInput(f"{self.path}: no average of the weights was kept: train with train.ema_decay=0.999")
+        return self.path / "ema"
+
     def state(self) -> dict[str, Any]:
         """What `save` was given as `state`."""
         state: dict[str, Any] = json.loads((self.path / "state.json").read_bytes())

@@ -26,6 +26,7 @@ app = typer.Typer(
 UsageError: Any = typer.BadParameter.__bases__[0]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Averaged = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, where one was kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -145,6 +146,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where records and results are kept; else RUN/eval.")
     ] = None,
+    ema: Averaged = False,
     as_json: Json = False,
 ) -> None:
     """Score a run: bits per byte, and files of questions with verified answers."""
@@ -153,7 +155,7 @@ def evaluate(
 
     settings = Settings(shots, samples, temperature, top_p, max_tokens, limit, seed, write, raw)
     named = tasks.split(",") if tasks is not None else [] if task else ["bpb"]
-    results = run_evaluate(run, named, text, task or (), examples, settings, out)
+    results = run_evaluate(run, named, text, task or (), examples, settings, out, ema)
     if as_json:
         print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))  # one task: its own object
         return
@@ -277,16 +279,17 @@ def export(
     format: Annotated[  # the contract's name for it
         Literal["hf", "gguf"], typer.Option(help="hf: for transformers and vLLM. gguf: for llama.cpp.")
     ] = "hf",
+    ema: Averaged = False,
 ) -> None:
     """Write a run's weights for other tools."""
     if format == "gguf":
         from leanseek.gguf import export_gguf
 
-        export_gguf(run, folder, dtype)
+        export_gguf(run, folder, dtype, ema)
     else:
         from leanseek.hub import export_release
 
-        export_release(run, folder, dtype)
+        export_release(run, folder, dtype, ema)
 
 
 @app.command()

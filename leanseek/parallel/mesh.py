@@ -242,8 +242,11 @@ def meshes_of(division: Division, device_type: str) -> dict[str, DeviceMesh]:
 def joined(timeout: float) -> Iterator[dist.ProcessGroup | None]:
     """Joins the processes that torchrun started for this command, for as long as the block runs; None where one runs.
 
-    A collective that takes longer than `timeout` seconds raises.
+    A collective that takes longer than `timeout` seconds raises. Processes that are joined already stay so.
     """
+    if dist.is_initialized():
+        yield dist.group.WORLD if dist.get_world_size() > 1 else None
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield None
         return
