@@ -137,7 +137,7 @@ def _as_v3(up: set[tuple[int, ...]], operation: Any, args: tuple[Any, ...]) -> b
 
 
 def _up_projections(attention: MLA) -> set[tuple[int, ...]]:
-    """The shapes [in, out] by which MLA's up-projections are told from other products."""
+    """The shapes [in, out] by which MLA's up-projections are told from other products; one like them is redone too."""
     up = [attention.kv_b_proj, *([attention.q_b_proj] if attention.compresses_queries else [])]
     return {(linear.weight.shape[1], linear.weight.shape[0]) for linear in up}
 
