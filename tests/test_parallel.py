@@ -364,6 +364,7 @@ def travel(rank: int, world: int, node: int) -> dict[tuple[str, str], int]:
     generator = torch.Generator().manual_seed(100 + rank)
     x = torch.randn(len(table), D, dtype=torch.float64, generator=generator, requires_grad=True)
     weights = torch.rand(table.shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    dispatcher.beside = expert.Beside(weights)
     rows, counts, way_back = dispatcher.dispatch(x, table)
     expected = torch.bincount(torch.cat([table_of(other).flatten() for other in range(world)]), minlength=E)
     assert counts.tolist() == expected[rank * E // world : (rank + 1) * E // world].tolist()
@@ -424,6 +425,7 @@ def wishes(rank: int, world: int, limited: bool) -> int:
     most = 0
     for token in experts:
         traffic.clear()
+        dispatcher.beside = expert.Beside(torch.ones(1, 8))
         dispatcher.dispatch(torch.ones(1, D), token[None])
         most = max(most, traffic["node", "tokens"] // (D * 4))
     return most
@@ -432,6 +434,65 @@ def wishes(rank: int, world: int, limited: bool) -> int:
 def test_at_most_four_copies_leave_where_routing_is_limited_to_four_nodes(pool: Pool) -> None:
     assert max(pool.run(8, wishes, True)) == 4
     assert pool.run(8, wishes, False) == [7] * 8  # and one stays
+
+
+class Event:
+    def current_stream_wait(self) -> None:
+        pass
+
+
+class TwinBuffer:
+    """DeepEP's buffer on the CPU: what its `dispatch` and `combine` say that they do, by one hop of all-to-all."""
+
+    def __init__(self, ranks: Ranks, n_experts: int) -> None:
+        group = ranks.group("ep")
+        assert group is not None
+        self.group, self.here = group, n_experts // ranks.division.ep
+        self.first = ranks.place["ep"] * self.here
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[None, None, None, Tensor, Event]:
+        return None, None, None, topk_idx // self.here, Event()
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        x: Tensor,
+        handle: expert.Hop | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, expert.Hop, Event]:
+        if handle is not None:
+            return handle.start(x, "tokens").finish(), None, None, None, handle, Event()
+        assert is_token_in_rank is not None
+        assert topk_idx is not None
+        assert topk_weights is not None
+        hop = expert.hop_of(is_token_in_rank, self.group, "ep", expert.Traffic())
+        own = hop.start(topk_idx, "routing").finish() - self.first
+        own = own.masked_fill((own < 0) | (own >= self.here), -1)
+        weights = hop.start(topk_weights, "weights").finish()
+        return hop.start(x, "tokens").finish(), own, weights, None, hop, Event()
+
+    @torch.no_grad()
+    def combine(
+        self, x: Tensor, handle: expert.Hop, topk_weights: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None, Event]:
+        return handle.back(x), None if topk_weights is None else handle.back(topk_weights), Event()
+
+
+def through_deepep(rank: int, world: int, *given: Any) -> Learnt:
+    def buffer_of(ranks: Ranks, width: int) -> TwinBuffer:
+        return TwinBuffer(ranks, 8)
+
+    with patch.object(apply, "buffer_of", buffer_of):
+        return learn(rank, world, *given)
+
+
+def test_deepep_takes_the_place_of_the_hops(pool: Pool) -> None:
+    many = pool.run(2, through_deepep, (ADAMW, "mesh.ep=2"), 7, False, torch.float64)
+    # Its weights are FP32, as DeepEP's are.
+    assert differs(together(many), alone((ADAMW,), 7, False, torch.float64), 1e-6, 1e-4) is None
 
 
 def overload(rank: int, world: int, most_load: str) -> tuple[int, int]:

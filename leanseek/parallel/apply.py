@@ -29,17 +29,19 @@ from leanseek.model.block import Block
 from leanseek.model.mla import MLA
 from leanseek.model.moe import Experts, MoE
 from leanseek.model.transformer import Transformer
-from leanseek.parallel.expert import Traffic, spread_experts
+from leanseek.parallel.deepep import DeepEPDispatcher, buffer_of
+from leanseek.parallel.expert import ParallelDispatcher, Traffic, spread_experts
 from leanseek.parallel.mesh import Ranks
 
 
 def parallelize(model: Transformer, config: Config, ranks: Ranks) -> Transformer:
     """The model, changed in place to be this rank's part; it may be a stage already, without the other layers."""
     if ranks.division.ep > 1:
-        traffic = Traffic()
-        for module in list(model.modules()):
-            if isinstance(module, MoE):
-                spread_experts(module, ranks, traffic, config.mesh.most_load)
+        traffic, buffer = Traffic(), buffer_of(ranks, config.model.hidden_size)
+        for moe in [module for module in model.modules() if isinstance(module, MoE)]:
+            given = config.model.n_routed_experts, ranks, traffic
+            dispatcher = ParallelDispatcher(*given) if buffer is None else DeepEPDispatcher(*given, buffer)
+            spread_experts(moe, dispatcher, ranks, config.mesh.most_load)
     recompute(model, config.train.recompute)
     _share_states(model, config, ranks)
     return model
