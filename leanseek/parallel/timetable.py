@@ -8,9 +8,11 @@ held against them. No torch.
 F forward · B whole backward · I gradient of the input · W gradient of the weights, which can wait.
 """
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
@@ -291,6 +293,43 @@ SCHEDULES: Mapping[str, Callable[[int, int], Timetable]] = {
     "DualPipe": dualpipe,
     "DualPipeV": dualpipe_v,
 }
+V_SHAPED = ("ZBV", "DualPipeV")  # the first rank holds the last stage too
+
+
+def stages_of(name: str, ranks: int, rank: int, chunks: int = 2) -> tuple[int, ...]:
+    """The stages that a rank holds under a schedule, in the order of the model; `chunks` of them where it is open."""
+    if name == "Interleaved1F1B":
+        return tuple(rank + chunk * ranks for chunk in range(chunks))
+    if name in V_SHAPED:
+        return rank, 2 * ranks - 1 - rank
+    if name == "DualPipe":
+        return rank, ranks - 1 - rank
+    return (rank,)
+
+
+def enough_batches(name: str, ranks: int, batches: int) -> int:
+    """The fewest micro-batches, at least `batches`, that a schedule takes."""
+    if name == "Interleaved1F1B":
+        return -(-batches // ranks) * ranks
+    if name == "DualPipe":
+        batches += batches % 2
+    return max(batches, ranks if name in ("1F1B", "ZB1P") else 2 * ranks)
+
+
+@lru_cache(maxsize=1024)
+def even_cuts(loads: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """How many pieces of a row each stage takes, in order, so that the sum of the squares of the stages' loads is least.
+
+    Each stage takes at least one.
+    """
+    n, sums = len(loads), [0, *itertools.accumulate(loads)]
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for stage in range(1, stages + 1):
+        best = {
+            i: min((best[j][0] + float(sums[i] - sums[j]) ** 2, (*best[j][1], i - j)) for j in best if j < i)
+            for i in range(stage, n - stages + stage + 1)
+        }
+    return best[n][1]
 
 
 # ── what they take ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -96,10 +96,16 @@ def loss_sums(
     model: Transformer, ids: Tensor, targets: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
 ) -> list[Tensor]:
     """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T]."""
-    assert model.lm_head is not None
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    hidden = model(ids, positions, segments)
+    return losses_of(model, model(ids, positions, segments), ids, targets, positions, segments)
+
+
+def losses_of(
+    model: Transformer, hidden: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor | None
+) -> list[Tensor]:
+    """The same from the final hidden states [b, T, D]."""
+    assert model.lm_head is not None
     losses = []
     for k, state in enumerate([hidden, *model.predict_further(hidden, ids, positions, segments)]):
         wanted = targets_of_depth(targets, segments, k)

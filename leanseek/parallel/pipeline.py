@@ -1,0 +1,340 @@
+"""The model cut into stages, which PyTorch's own pipeline schedules execute (report §3.2.1, §3.2.3).
+
+b rows of a micro-batch · T tokens in a row · D hidden_size · K MTP depths · S stages.
+
+A stage is a `Transformer` from which parts were left out. Stage 0 has the embedding; the last one has final norm, head
+and all MTP modules, and makes the losses. Under the schedules that lay the stages as a V both are on the first rank.
+Layers keep their global names, so that a checkpoint knows nothing of stages. Between stages travels the hidden state
+alone: ids, targets, positions and segments are at every rank, and each router joins its own balance loss to the graph.
+
+The MTP modules need the embedding, which is stage 0's. Where both stages are on one rank it is one parameter; else the
+last stage borrows it: it is sent the weight before a step and sends its gradient back after it, so that one rank has
+the whole gradient, and neither optimizer nor checkpoint sees the copy.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from copy import deepcopy
+from itertools import accumulate, islice, pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.pipelining import (
+    PipelineStage,
+    Schedule1F1B,
+    ScheduleDualPipeV,
+    ScheduleInterleaved1F1B,
+    ScheduleZBVZeroBubble,
+)
+from torch.distributed.tensor import DTensor
+
+from leanseek.config import BadInput, ModelConfig
+from leanseek.model.transformer import Transformer
+from leanseek.ops.loss import IGNORE, token_losses
+from leanseek.parallel.timetable import enough_batches, even_cuts, stages_of
+
+# The losses of a micro-batch, each summed over its tokens: of the main model and of each MTP depth, 1 + K scalars.
+# (model, final hidden states [b, T, D], ids, targets, positions, segments [b, T])
+LossSums = Callable[[Transformer, Tensor, Tensor, Tensor, Tensor, Tensor | None], list[Tensor]]
+
+MANY_STAGES: dict[str, Any] = {  # a rank has several stages under these
+    "Interleaved1F1B": ScheduleInterleaved1F1B,
+    "ZBV": ScheduleZBVZeroBubble,
+    "DualPipeV": ScheduleDualPipeV,
+}
+
+
+# ── the cut ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def layers_of_stages(
+    model: ModelConfig, stages: int, loads: Sequence[int], cuts: Sequence[int] | None = None
+) -> list[range]:
+    """Which layers each stage has: as `cuts` says, else with the loads as even as can be. Raises BadInput.
+
+    The model is a row of pieces: the embedding, the layers, the MTP modules, the head. `loads` is by piece; `cuts` is
+    how many each stage has. MTP modules and head are together in the last stage, so that no loss is made elsewhere.
+    """
+    layers, end = model.num_hidden_layers, model.num_nextn_predict_layers + 1
+    if cuts is None and stages <= layers + 2:
+        joined = even_cuts((*loads[:-end], sum(loads[-end:])), stages)
+        cuts = (*joined[:-1], joined[-1] + end - 1)
+    if cuts is None or len(cuts) != stages or sum(cuts) != 1 + layers + end or min(cuts) < 1 or cuts[-1] < end:
+        raise BadInput(
+            f"{'mesh.pp' if cuts is None else f'mesh.cuts {list(cuts)}'}: {stages} stages share {1 + layers + end} "
+            f"pieces (embedding, {layers} layers, MTP modules, head), at least one each, the last {end} together"
+        )
+    return [range(max(first - 1, 0), min(after - 1, layers)) for first, after in pairwise([0, *accumulate(cuts)])]
+
+
+def cut(model: Transformer, layers: Sequence[range], held: Sequence[int]) -> None:
+    """Leaves in `model` what the stages `held` have, under its global names; `layers` is by stage."""
+    kept = {str(layer) for stage in held for layer in layers[stage]}
+    model.layers = nn.ModuleDict({name: layer for name, layer in model.layers.items() if name in kept})
+    if 0 not in held:
+        model.embed_tokens = None
+    if len(layers) - 1 not in held:
+        model.norm = model.lm_head = None
+        model.mtp = nn.ModuleDict()
+
+
+class Stage(nn.Module):
+    """What a schedule calls for one stage; `part` is the Transformer with only this stage's modules."""
+
+    def __init__(self, part: Transformer, losses: LossSums) -> None:
+        super().__init__()
+        self.part = part
+        self.losses = losses
+
+    def forward(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        targets: Tensor,
+        real: Tensor,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """x [b, T, D], in stage 0 the ids → [b, T, D], in the last stage the summed losses [1, 1 + K].
+
+        The last stage in evaluation: −ln p of the targets, summed [1, 1]. A micro-batch that is not `real` ([1] bool,
+        on the CPU) fills a schedule up: it passes through, touches no parameter and counts nowhere.
+        """
+        last = self.part.lm_head is not None
+        if not real:
+            return self._nothing(x, last)
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        hidden = self.part(x, positions, segments)
+        if not last:
+            return hidden
+        if self.training:
+            return torch.stack(self.losses(self.part, hidden, ids, targets, positions, segments))[None]
+        valid = targets != IGNORE
+        return token_losses(hidden[valid], self.part.lm_head.weight, targets[valid]).double().sum().view(1, 1)
+
+    def _nothing(self, x: Tensor, last: bool) -> Tensor:
+        if not x.is_floating_point():
+            width = self.part.config.hidden_size
+            return torch.zeros(*x.shape, width, dtype=self.part.dtype, device=x.device, requires_grad=True)
+        return (0 * x).sum().expand(1, 1 + len(self.part.mtp)) if last else x.clone()
+
+
+# ── the schedule ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Pipeline:
+    """This rank's stages of a model, and the schedule that runs them with those of the other ranks of `group`."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        group: dist.ProcessGroup,
+        schedule: str,
+        layers: Sequence[range],
+        losses: LossSums,
+        sharded: bool = False,
+    ) -> None:
+        """Cuts `model` down to what this rank holds; `layers` is by stage (`layers_of_stages`).
+
+        `sharded` where FSDP is to share the weights: it gives each parameter to one stage, so that embeddings on one
+        rank are two as well.
+        """
+        self.model = model
+        self.group = group
+        self.schedule = schedule
+        self.count = len(layers)
+        self.ranks, self.rank = group.size(), group.rank()
+        self.homes = {  # the rank of each stage
+            stage: rank
+            for rank in range(self.ranks)
+            for stage in stages_of(schedule, self.ranks, rank, self.count // self.ranks)
+        }
+        held = [stage for stage in range(self.count) if self.homes[stage] == self.rank]
+        borrows = model.config.num_nextn_predict_layers > 0 and (
+            sharded or self.homes[0] != self.homes[self.count - 1]
+        )
+        self.lent = model.embed_tokens if borrows and 0 in held else None
+        self.borrowed = deepcopy(model.embed_tokens) if borrows and self.count - 1 in held else None
+        cut(model, layers, held)
+        self.stages = {stage: Stage(self._part(stage, layers[stage]), losses) for stage in held}
+        self._built: tuple[tuple[int, int, int], Any] | None = None
+
+    def _part(self, stage: int, layers: range) -> Transformer:
+        with torch.device("meta"):  # everything in it is replaced or left out
+            part = Transformer(self.model.config, self.model.dtype)
+        part.layers = nn.ModuleDict({str(layer): self.model.layers[str(layer)] for layer in layers})
+        part.embed_tokens = self.model.embed_tokens if stage == 0 else None
+        part.norm = part.lm_head = None
+        part.mtp = nn.ModuleDict()
+        if stage == self.count - 1:
+            part.norm, part.lm_head, part.mtp = self.model.norm, self.model.lm_head, self.model.mtp
+            if len(part.mtp):
+                part.embed_tokens = self.model.embed_tokens if self.borrowed is None else self.borrowed
+        return part
+
+    def backward(
+        self,
+        ids: Tensor,
+        targets: Tensor,
+        factors: Sequence[float],
+        micro_batch: int,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> Tensor:
+        """Adds the gradients of Σ factor · loss sum to the parameters; the 1 + K sums in FP64, on the CPU of each rank.
+
+        ids, targets, positions, segments [B, T] of this data-parallel rank, the same at all ranks of the pipeline;
+        `factors` are of the main loss and of each depth. Micro-batches are of equal size, the largest that divides B
+        and is at most `micro_batch`.
+        """
+        size = max(n for n in range(1, min(micro_batch, len(ids)) + 1) if len(ids) % n == 0)
+        count = len(ids) // size
+        batches = enough_batches(self.schedule, self.ranks, count)
+        more = (0, 0, 0, batches * size - len(ids))  # rows of micro-batches that fill the schedule up
+        ids, targets = F.pad(ids, more), F.pad(targets, more)
+        packed = {
+            name: F.pad(tensor, more)
+            for name, tensor in (("positions", positions), ("segments", segments))
+            if tensor is not None
+        }
+        schedule = self._scheduled(batches, size, ids.shape[1])
+        self._train(True)
+        self._lend()
+        sums = schedule.step(
+            *([ids] if 0 in self.stages else []),
+            # The executor hands each micro-batch of `target` to the loss function: here, the factors.
+            target=torch.tensor([list(factors)] * batches, dtype=torch.float64, device=ids.device)
+            if self._ends
+            else None,
+            ids=ids,
+            targets=targets,
+            real=torch.arange(batches) < count,
+            **packed,
+        )
+        self._give_back()
+        told = torch.zeros(len(factors), dtype=torch.float64, device=ids.device)
+        if self._ends:
+            told += sums.double().sum(dim=0)
+        dist.all_reduce(told, group=self.group)
+        return told.cpu()
+
+    @torch.no_grad()
+    def nats(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
+        """−ln p of all targets of all batches, each ids and targets [B, T] of sizes of its own; at every rank.
+
+        A few batches at a time go through each stage in turn, so that ranks work at once. The executor wants
+        micro-batches of one size, which windows of a text are not.
+        """
+        training = self.model.training
+        self._train(False)
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        try:
+            left = iter(batches)
+            while wave := list(islice(left, 2 * self.ranks)):
+                total += self._through(wave)
+        finally:
+            self._train(training)
+        dist.all_reduce(total, group=self.group)
+        return total.item()
+
+    def _through(self, wave: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """A wave of batches through this rank's stages, forward only."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        handed: list[Tensor] = [ids for ids, _ in wave]
+        for index, stage in self.stages.items():
+            sent = []
+            for i, (ids, targets) in enumerate(wave):
+                x = handed[i]
+                if index and index - 1 not in self.stages:
+                    x = torch.empty(*ids.shape, self.model.config.hidden_size, dtype=self.model.dtype, device=ids.device)
+                    dist.recv(x, group=self.group, group_src=self.homes[index - 1])
+                handed[i] = stage(x, ids, targets, torch.ones(1))
+                if index == self.count - 1:
+                    total += handed[i].sum()
+                elif index + 1 not in self.stages:
+                    sent.append(dist.isend(handed[i], group=self.group, group_dst=self.homes[index + 1]))
+            for work in sent:
+                work.wait()
+        return total
+
+    def _scheduled(self, batches: int, size: int, length: int) -> Any:
+        """PyTorch's schedule for so many micro-batches [size, length]; the newest is kept."""
+        shape = batches, size, length
+        if self._built is None or self._built[0] != shape:
+            with torch.device("meta"):  # examples, so that no stage is run to see what it makes: it would count
+                ids = torch.empty(size, length, dtype=torch.int64)
+                hidden = torch.empty(size, length, self.model.config.hidden_size, dtype=self.model.dtype)
+                hidden.requires_grad_()
+                sums = torch.empty(1, 1 + self.model.config.num_nextn_predict_layers)
+            stages = [
+                PipelineStage(
+                    stage,
+                    index,
+                    self.count,
+                    self._device,
+                    input_args=hidden if index else ids,
+                    output_args=hidden if index < self.count - 1 else sums,
+                    group=self.group,
+                )
+                for index, stage in self.stages.items()
+            ]
+            # Sums and not means: what they are divided by is in the factors.
+            settings: dict[str, Any] = {"loss_fn": _weighted, "scale_grads": False}
+            made = (
+                Schedule1F1B(stages[0], batches, **settings)
+                if self.schedule == "1F1B"
+                else MANY_STAGES[self.schedule](stages, batches, **settings)
+            )
+            self._built = shape, made
+        return self._built[1]
+
+    def _train(self, mode: bool) -> None:
+        self.model.train(mode)
+        for stage in self.stages.values():
+            stage.train(mode)
+
+    @property
+    def _ends(self) -> bool:
+        return self.count - 1 in self.stages
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @torch.no_grad()
+    def _lend(self) -> None:
+        """What the last stage borrows becomes what stage 0 has."""
+        if self.lent is not None and self.borrowed is not None:
+            _local(self.borrowed.weight).copy_(_local(self.lent.weight))
+        elif self.lent is not None:
+            dist.send(_local(self.lent.weight), group=self.group, group_dst=self.homes[self.count - 1])
+        elif self.borrowed is not None:
+            dist.recv(_local(self.borrowed.weight), group=self.group, group_src=self.homes[0])
+
+    @torch.no_grad()
+    def _give_back(self) -> None:
+        """What is borrowed gives its gradient to stage 0's."""
+        if self.borrowed is not None:
+            gradient = _local(self.borrowed.weight.grad)
+            self.borrowed.weight.grad = None
+            if self.lent is None:
+                dist.send(gradient, group=self.group, group_dst=self.homes[0])
+        if self.lent is not None:
+            sum_of_both = _local(self.lent.weight.grad)
+            if self.borrowed is None:
+                gradient = torch.empty_like(sum_of_both)
+                dist.recv(gradient, group=self.group, group_src=self.homes[self.count - 1])
+            sum_of_both += gradient
+
+
+def _weighted(sums: Tensor, factors: Tensor) -> Tensor:
+    return (sums * factors).sum()
+
+
+def _local(tensor: Tensor | None) -> Tensor:
+    """This rank's part of a tensor that FSDP shares."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
