@@ -28,11 +28,12 @@ from torch.distributed.pipelining import (
     ScheduleInterleaved1F1B,
     ScheduleZBVZeroBubble,
 )
-from torch.distributed.tensor import DTensor
 
-from leanseek.config import BadInput, ModelConfig
+from leanseek.config import BadInput, Config, ModelConfig
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, token_losses
+from leanseek.parallel.mesh import Ranks
+from leanseek.parallel.parts import local
 from leanseek.parallel.timetable import enough_batches, even_cuts, stages_of
 
 # The losses of a micro-batch, each summed over its tokens: of the main model and of each MTP depth, 1 + K scalars.
@@ -93,33 +94,61 @@ class Stage(nn.Module):
         x: Tensor,
         ids: Tensor,
         targets: Tensor,
-        real: Tensor,
+        rows: Tensor,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
         """x [b, T, D], in stage 0 the ids → [b, T, D], in the last stage the summed losses [1, 1 + K].
 
-        The last stage in evaluation: −ln p of the targets, summed [1, 1]. A micro-batch that is not `real` ([1] bool,
-        on the CPU) fills a schedule up: it passes through, touches no parameter and counts nowhere.
+        The last stage in evaluation: −ln p of the targets, summed [1, 1]. Only the first `rows` ([1], on the CPU) of
+        the b are there, perhaps none: what comes after them fills a micro-batch or a schedule up, no module sees it.
         """
-        last = self.part.lm_head is not None
-        if not real:
-            return self._nothing(x, last)
+        there, missing = slice(int(rows)), ids.shape[0] - int(rows)
+        ids, targets = ids[there], targets[there]
+        positions, segments = (None if tensor is None else tensor[there] for tensor in (positions, segments))
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
+        x = x[there]
+        if isinstance(self.part.embed_tokens, LateEmbedding):
+            self.part.embed_tokens.beside = x
         hidden = self.part(x, positions, segments)
-        if not last:
-            return hidden
+        if self.part.lm_head is None:
+            return F.pad(hidden, (0, 0, 0, 0, 0, missing)) if missing else hidden
         if self.training:
             return torch.stack(self.losses(self.part, hidden, ids, targets, positions, segments))[None]
         valid = targets != IGNORE
         return token_losses(hidden[valid], self.part.lm_head.weight, targets[valid]).double().sum().view(1, 1)
 
-    def _nothing(self, x: Tensor, last: bool) -> Tensor:
-        if not x.is_floating_point():
-            width = self.part.config.hidden_size
-            return torch.zeros(*x.shape, width, dtype=self.part.dtype, device=x.device, requires_grad=True)
-        return (0 * x).sum().expand(1, 1 + len(self.part.mtp)) if last else x.clone()
+
+class LateEmbedding(nn.Embedding):
+    """The embedding in the last stage, where the MTP modules use it, once for each depth.
+
+    Its gradient is added up when that of the stage's input is taken, and not with those of the weights, which a
+    schedule may put off: that second pass cannot go through one MTP module to get to an earlier one's embedding.
+    """
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        super().__init__(*weight.shape, device="meta")
+        self.weight = weight
+        self.beside: Tensor | None = None  # the stage's input
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows: Tensor = _Lookup.apply(self.beside, self, ids)
+        return rows
+
+
+class _Lookup(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, beside: Tensor, embedding: nn.Embedding, ids: Tensor) -> Tensor:
+        ctx.weight, ctx.ids = embedding.weight, ids
+        return F.embedding(ids, embedding.weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, None]:
+        if ctx.weight.grad is None:
+            ctx.weight.grad = torch.zeros_like(ctx.weight)
+        ctx.weight.grad.index_add_(0, ctx.ids.flatten(), grad.flatten(0, -2).to(ctx.weight.dtype))
+        return None, None, None
 
 
 # ── the schedule ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -129,37 +158,35 @@ class Pipeline:
     """This rank's stages of a model, and the schedule that runs them with those of the other ranks of `group`."""
 
     def __init__(
-        self,
-        model: Transformer,
-        group: dist.ProcessGroup,
-        schedule: str,
-        layers: Sequence[range],
-        losses: LossSums,
-        sharded: bool = False,
+        self, model: Transformer, config: Config, ranks: Ranks, loads: Sequence[int], losses: LossSums
     ) -> None:
-        """Cuts `model` down to what this rank holds; `layers` is by stage (`layers_of_stages`).
-
-        `sharded` where FSDP is to share the weights: it gives each parameter to one stage, so that embeddings on one
-        rank are two as well.
-        """
+        """Cuts `model` down to what this rank holds, `loads` by piece as `layers_of_stages` has them. Raises BadInput."""
+        group = ranks.group("pp")
+        assert group is not None
         self.model = model
         self.group = group
-        self.schedule = schedule
-        self.count = len(layers)
+        self.schedule = config.mesh.schedule
         self.ranks, self.rank = group.size(), group.rank()
-        self.homes = {  # the rank of each stage
-            stage: rank
-            for rank in range(self.ranks)
-            for stage in stages_of(schedule, self.ranks, rank, self.count // self.ranks)
-        }
-        held = [stage for stage in range(self.count) if self.homes[stage] == self.rank]
-        borrows = model.config.num_nextn_predict_layers > 0 and (
-            sharded or self.homes[0] != self.homes[self.count - 1]
-        )
-        self.lent = model.embed_tokens if borrows and 0 in held else None
-        self.borrowed = deepcopy(model.embed_tokens) if borrows and self.count - 1 in held else None
-        cut(model, layers, held)
-        self.stages = {stage: Stage(self._part(stage, layers[stage]), losses) for stage in held}
+        held = [stages_of(self.schedule, self.ranks, rank, config.mesh.chunks) for rank in range(self.ranks)]
+        self.homes = {stage: rank for rank, stages in enumerate(held) for stage in stages}
+        self.count = len(self.homes)
+        # Weight gradients that come later are autograd's second pass over a stage. Recomputation allows one only.
+        self.puts_off = config.train.recompute == "none"
+
+        # FSDP gives each parameter to one stage, so that on one rank too the embeddings are two.
+        shared = self.homes[0] == self.homes[self.count - 1] and ranks.division.dp * ranks.division.cp == 1
+        borrows = model.config.num_nextn_predict_layers > 0 and not shared
+        mine = held[self.rank]
+        self.lent = model.embed_tokens if borrows and 0 in mine else None
+        self.late: LateEmbedding | None = None
+        if self.count - 1 in mine and len(model.mtp):
+            assert model.embed_tokens is not None
+            self.late = LateEmbedding(deepcopy(model.embed_tokens.weight) if borrows else model.embed_tokens.weight)
+        self.borrowed = self.late if borrows else None
+
+        layers = layers_of_stages(model.config, self.count, loads, config.mesh.cuts)
+        cut(model, layers, mine)
+        self.stages = {stage: Stage(self._part(stage, layers[stage]), losses) for stage in mine}
         self._built: tuple[tuple[int, int, int], Any] | None = None
 
     def _part(self, stage: int, layers: range) -> Transformer:
@@ -171,8 +198,7 @@ class Pipeline:
         part.mtp = nn.ModuleDict()
         if stage == self.count - 1:
             part.norm, part.lm_head, part.mtp = self.model.norm, self.model.lm_head, self.model.mtp
-            if len(part.mtp):
-                part.embed_tokens = self.model.embed_tokens if self.borrowed is None else self.borrowed
+            part.embed_tokens = self.late
         return part
 
     def backward(
@@ -181,45 +207,38 @@ class Pipeline:
         targets: Tensor,
         factors: Sequence[float],
         micro_batch: int,
+        micro_batches: int,
         positions: Tensor | None = None,
         segments: Tensor | None = None,
     ) -> Tensor:
-        """Adds the gradients of Σ factor · loss sum to the parameters; the 1 + K sums in FP64, on the CPU of each rank.
+        """Adds the gradients of Σ factor · loss sum to the parameters; returns the 1 + K sums in FP64, at every rank.
 
-        ids, targets, positions, segments [B, T] of this data-parallel rank, the same at all ranks of the pipeline;
-        `factors` are of the main loss and of each depth. Micro-batches are of equal size, the largest that divides B
-        and is at most `micro_batch`.
+        ids, targets, positions, segments [B, T] of this data-parallel rank, the same at all ranks of the pipeline.
+        `factors` are of the main loss and of each depth. `micro_batches` of `micro_batch` rows are the same on all
+        data-parallel ranks; where rows are missing, or the schedule takes no fewer, the last ones are empty.
         """
-        size = max(n for n in range(1, min(micro_batch, len(ids)) + 1) if len(ids) % n == 0)
-        count = len(ids) // size
-        batches = enough_batches(self.schedule, self.ranks, count)
-        more = (0, 0, 0, batches * size - len(ids))  # rows of micro-batches that fill the schedule up
-        ids, targets = F.pad(ids, more), F.pad(targets, more)
-        packed = {
-            name: F.pad(tensor, more)
-            for name, tensor in (("positions", positions), ("segments", segments))
-            if tensor is not None
-        }
-        schedule = self._scheduled(batches, size, ids.shape[1])
+        count = enough_batches(self.schedule, self.ranks, micro_batches)
+        more = (0, 0, 0, count * micro_batch - ids.shape[0])
+        of_rows = {"ids": ids, "targets": targets, "positions": positions, "segments": segments}
+        filled = {name: F.pad(tensor, more) for name, tensor in of_rows.items() if tensor is not None}
+        schedule = self._scheduled(count, micro_batch, ids.shape[1])
         self._train(True)
         self._lend()
         sums = schedule.step(
-            *([ids] if 0 in self.stages else []),
-            # The executor hands each micro-batch of `target` to the loss function: here, the factors.
-            target=torch.tensor([list(factors)] * batches, dtype=torch.float64, device=ids.device)
+            *([filled["ids"]] if 0 in self.stages else []),
+            # The executor hands each micro-batch its part of `target` beside its output: here, the factors.
+            target=torch.tensor([list(factors)] * count, dtype=torch.float64, device=ids.device)
             if self._ends
             else None,
-            ids=ids,
-            targets=targets,
-            real=torch.arange(batches) < count,
-            **packed,
+            rows=(ids.shape[0] - micro_batch * torch.arange(count)).clamp(0, micro_batch),
+            **filled,
         )
         self._give_back()
         told = torch.zeros(len(factors), dtype=torch.float64, device=ids.device)
         if self._ends:
             told += sums.double().sum(dim=0)
         dist.all_reduce(told, group=self.group)
-        return told.cpu()
+        return told
 
     @torch.no_grad()
     def nats(self, batches: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -249,9 +268,11 @@ class Pipeline:
             for i, (ids, targets) in enumerate(wave):
                 x = handed[i]
                 if index and index - 1 not in self.stages:
-                    x = torch.empty(*ids.shape, self.model.config.hidden_size, dtype=self.model.dtype, device=ids.device)
+                    x = torch.empty(
+                        *ids.shape, self.model.config.hidden_size, dtype=self.model.dtype, device=ids.device
+                    )
                     dist.recv(x, group=self.group, group_src=self.homes[index - 1])
-                handed[i] = stage(x, ids, targets, torch.ones(1))
+                handed[i] = stage(x, ids, targets, torch.tensor([len(ids)]))
                 if index == self.count - 1:
                     total += handed[i].sum()
                 elif index + 1 not in self.stages:
@@ -278,6 +299,7 @@ class Pipeline:
                     input_args=hidden if index else ids,
                     output_args=hidden if index < self.count - 1 else sums,
                     group=self.group,
+                    dw_builder=None if self.puts_off else _done_already,
                 )
                 for index, stage in self.stages.items()
             ]
@@ -308,33 +330,34 @@ class Pipeline:
     def _lend(self) -> None:
         """What the last stage borrows becomes what stage 0 has."""
         if self.lent is not None and self.borrowed is not None:
-            _local(self.borrowed.weight).copy_(_local(self.lent.weight))
+            local(self.borrowed.weight).copy_(local(self.lent.weight))
         elif self.lent is not None:
-            dist.send(_local(self.lent.weight), group=self.group, group_dst=self.homes[self.count - 1])
+            dist.send(local(self.lent.weight), group=self.group, group_dst=self.homes[self.count - 1])
         elif self.borrowed is not None:
-            dist.recv(_local(self.borrowed.weight), group=self.group, group_src=self.homes[0])
+            dist.recv(local(self.borrowed.weight), group=self.group, group_src=self.homes[0])
 
     @torch.no_grad()
     def _give_back(self) -> None:
         """What is borrowed gives its gradient to stage 0's."""
         if self.borrowed is not None:
-            gradient = _local(self.borrowed.weight.grad)
+            assert self.borrowed.weight.grad is not None
+            gradient = local(self.borrowed.weight.grad)
             self.borrowed.weight.grad = None
             if self.lent is None:
                 dist.send(gradient, group=self.group, group_dst=self.homes[0])
         if self.lent is not None:
-            sum_of_both = _local(self.lent.weight.grad)
+            assert self.lent.weight.grad is not None
+            sum_of_both = local(self.lent.weight.grad)
             if self.borrowed is None:
                 gradient = torch.empty_like(sum_of_both)
                 dist.recv(gradient, group=self.group, group_src=self.homes[self.count - 1])
             sum_of_both += gradient
 
 
+def _done_already() -> Callable[[], None]:
+    """Tells the executor that a stage's gradients are made whole, and to do nothing when those of the weights are due."""
+    return lambda: None
+
+
 def _weighted(sums: Tensor, factors: Tensor) -> Tensor:
     return (sums * factors).sum()
-
-
-def _local(tensor: Tensor | None) -> Tensor:
-    """This rank's part of a tensor that FSDP shares."""
-    assert tensor is not None
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
