@@ -115,7 +115,8 @@ class Stage(nn.Module):
         if self.part.lm_head is None:
             return F.pad(hidden, (0, 0, 0, 0, 0, missing)) if missing else hidden
         if self.training:
-            return torch.stack(self.losses(self.part, hidden, ids, targets, positions, segments))[None]
+            losses = self.losses(self.part, hidden, ids, targets, positions, segments)
+            return torch.cat([loss.view(1, 1) for loss in losses], dim=1)
         valid = targets != IGNORE
         return token_losses(hidden[valid], self.part.lm_head.weight, targets[valid]).double().sum().view(1, 1)
 
