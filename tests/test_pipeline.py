@@ -56,9 +56,7 @@ def learn(rank: int, world: int, overrides: tuple[str, ...], rows: int, packed: 
             )
             assert ids is not None
             assert targets is not None
-            result = train_step(
-                model, optimizers, ids, targets, NOW, config, positions, segments, ranks, pipeline
-            )
+            result = train_step(model, optimizers, ids, targets, NOW, config, positions, segments, ranks, pipeline)
             told.append((result.loss, result.mtp_loss, result.balance_loss, result.grad_norm))
     finally:
         step.load_of_all = load_of_all

@@ -169,8 +169,7 @@ def max_violation(load: Tensor) -> float:
 class _JoinLoss(torch.autograd.Function):
     """Identity that hands a loss its gradient of one, so that pipeline stages pass activations only.
 
-    The loss is added to `total` in the backward pass, which runs once even where the forward pass is recomputed; should
-    a pipeline that puts weight gradients off come through again, it adds nothing.
+    The loss is added to `total` in the backward pass, which runs once even where the forward pass is recomputed.
     """
 
     @staticmethod
@@ -181,5 +180,4 @@ class _JoinLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         ctx.total += ctx.loss
-        ctx.loss = torch.zeros_like(ctx.loss)
         return grad, torch.ones_like(ctx.loss), None

@@ -32,6 +32,7 @@ from torch.distributed.pipelining import (
 from leanseek.config import BadInput, Config, ModelConfig
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, token_losses
+from leanseek.parallel.apply import forget_gathered
 from leanseek.parallel.mesh import Ranks
 from leanseek.parallel.parts import local
 from leanseek.parallel.timetable import enough_batches, even_cuts, stages_of
@@ -103,12 +104,12 @@ class Stage(nn.Module):
         The last stage in evaluation: −ln p of the targets, summed [1, 1]. Only the first `rows` ([1], on the CPU) of
         the b are there, perhaps none: what comes after them fills a micro-batch or a schedule up, no module sees it.
         """
-        there, missing = slice(int(rows)), ids.shape[0] - int(rows)
-        ids, targets = ids[there], targets[there]
-        positions, segments = (None if tensor is None else tensor[there] for tensor in (positions, segments))
+        missing = ids.shape[0] - int(rows)
+        if missing:
+            x, ids, targets = x[: int(rows)], ids[: int(rows)], targets[: int(rows)]
+            positions, segments = (None if each is None else each[: int(rows)] for each in (positions, segments))
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-        x = x[there]
         if isinstance(self.part.embed_tokens, LateEmbedding):
             self.part.embed_tokens.beside = x
         hidden = self.part(x, positions, segments)
@@ -128,9 +129,9 @@ class LateEmbedding(nn.Embedding):
     schedule may put off: that second pass cannot go through one MTP module to get to an earlier one's embedding.
     """
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        super().__init__(*weight.shape, device="meta")
-        self.weight = weight
+    def __init__(self, embedding: nn.Embedding) -> None:
+        super().__init__(embedding.num_embeddings, embedding.embedding_dim, device="meta")
+        self.weight = embedding.weight
         self.beside: Tensor | None = None  # the stage's input
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -161,13 +162,17 @@ class Pipeline:
     def __init__(
         self, model: Transformer, config: Config, ranks: Ranks, loads: Sequence[int], losses: LossSums
     ) -> None:
-        """Cuts `model` down to what this rank holds, `loads` by piece as `layers_of_stages` has them. Raises BadInput."""
+        """Cuts `model`, on its device, down to what this rank holds. Raises BadInput.
+
+        `loads` is by piece, see `layers_of_stages`; `losses` makes the losses at the end of the last stage.
+        """
         group = ranks.group("pp")
         assert group is not None
         self.model = model
         self.group = group
+        self.device = ranks.device
         self.schedule = config.mesh.schedule
-        self.ranks, self.rank = group.size(), group.rank()
+        self.ranks = ranks.division.pp
         held = [stages_of(self.schedule, self.ranks, rank, config.mesh.chunks) for rank in range(self.ranks)]
         self.homes = {stage: rank for rank, stages in enumerate(held) for stage in stages}
         self.count = len(self.homes)
@@ -177,12 +182,12 @@ class Pipeline:
         # FSDP gives each parameter to one stage, so that on one rank too the embeddings are two.
         shared = self.homes[0] == self.homes[self.count - 1] and ranks.division.dp * ranks.division.cp == 1
         borrows = model.config.num_nextn_predict_layers > 0 and not shared
-        mine = held[self.rank]
+        mine = held[ranks.place["pp"]]
         self.lent = model.embed_tokens if borrows and 0 in mine else None
         self.late: LateEmbedding | None = None
         if self.count - 1 in mine and len(model.mtp):
             assert model.embed_tokens is not None
-            self.late = LateEmbedding(deepcopy(model.embed_tokens.weight) if borrows else model.embed_tokens.weight)
+            self.late = LateEmbedding(deepcopy(model.embed_tokens) if borrows else model.embed_tokens)
         self.borrowed = self.late if borrows else None
 
         layers = layers_of_stages(model.config, self.count, loads, config.mesh.cuts)
@@ -228,15 +233,13 @@ class Pipeline:
         sums = schedule.step(
             *([filled["ids"]] if 0 in self.stages else []),
             # The executor hands each micro-batch its part of `target` beside its output: here, the factors.
-            target=torch.tensor([list(factors)] * count, dtype=torch.float64, device=ids.device)
-            if self._ends
-            else None,
+            target=torch.tensor(factors, dtype=torch.float64, device=self.device).expand(count, -1),
             rows=(ids.shape[0] - micro_batch * torch.arange(count)).clamp(0, micro_batch),
             **filled,
         )
         self._give_back()
-        told = torch.zeros(len(factors), dtype=torch.float64, device=ids.device)
-        if self._ends:
+        told = torch.zeros(len(factors), dtype=torch.float64, device=self.device)
+        if self.count - 1 in self.stages:
             told += sums.double().sum(dim=0)
         dist.all_reduce(told, group=self.group)
         return told
@@ -250,19 +253,19 @@ class Pipeline:
         """
         training = self.model.training
         self._train(False)
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        try:
-            left = iter(batches)
-            while wave := list(islice(left, 2 * self.ranks)):
-                total += self._through(wave)
-        finally:
-            self._train(training)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        left = iter(batches)
+        while wave := [(ids.to(self.device), targets.to(self.device)) for ids, targets in islice(left, 2 * self.ranks)]:
+            total += self._through(wave)
+        self._train(training)
+        for stage in self.stages.values():
+            forget_gathered(stage)  # no backward pass comes that would, and the next step lends new weights
         dist.all_reduce(total, group=self.group)
         return total.item()
 
     def _through(self, wave: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """A wave of batches through this rank's stages, forward only."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
         handed: list[Tensor] = [ids for ids, _ in wave]
         for index, stage in self.stages.items():
             sent = []
@@ -279,6 +282,7 @@ class Pipeline:
                 elif index + 1 not in self.stages:
                     sent.append(dist.isend(handed[i], group=self.group, group_dst=self.homes[index + 1]))
             for work in sent:
+                assert work is not None  # this rank is in the group
                 work.wait()
         return total
 
@@ -296,7 +300,7 @@ class Pipeline:
                     stage,
                     index,
                     self.count,
-                    self._device,
+                    self.device,
                     input_args=hidden if index else ids,
                     output_args=hidden if index < self.count - 1 else sums,
                     group=self.group,
@@ -318,14 +322,6 @@ class Pipeline:
         self.model.train(mode)
         for stage in self.stages.values():
             stage.train(mode)
-
-    @property
-    def _ends(self) -> bool:
-        return self.count - 1 in self.stages
-
-    @property
-    def _device(self) -> torch.device:
-        return next(self.model.parameters()).device
 
     @torch.no_grad()
     def _lend(self) -> None:
@@ -356,7 +352,7 @@ class Pipeline:
 
 
 def _done_already() -> Callable[[], None]:
-    """Tells the executor that a stage's gradients are made whole, and to do nothing when those of the weights are due."""
+    """Has the executor make a stage's gradients whole, and do nothing more when those of the weights are due."""
     return lambda: None
 
 

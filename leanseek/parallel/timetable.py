@@ -318,9 +318,9 @@ def enough_batches(name: str, ranks: int, batches: int) -> int:
 
 @lru_cache(maxsize=1024)
 def even_cuts(loads: tuple[int, ...], stages: int) -> tuple[int, ...]:
-    """How many pieces of a row each stage takes, in order, so that the sum of the squares of the stages' loads is least.
+    """How many pieces of a row each stage takes, in order and at least one, for loads as even as they can be.
 
-    Each stage takes at least one.
+    That is when the sum of the squares of the stages' loads is least.
     """
     n, sums = len(loads), [0, *itertools.accumulate(loads)]
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
