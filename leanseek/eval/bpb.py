@@ -20,8 +20,8 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, token_losses
 
-# A model, or what computes with one that is spread over machines: the −ln p of all targets of all batches together, each
-# batch ids and targets [B, T].
+# A model, or what asks one that is spread over machines: the −ln p of all targets of all batches together, each batch
+# ids and targets [B, T].
 Scorer = Transformer | Callable[[Iterable[tuple[Tensor, Tensor]]], float]
 Window = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, [n] each
 SORTED_AT_ONCE = 4096  # windows sorted by length together; bounds the memory, not the result
