@@ -49,12 +49,19 @@ class LLM:
         self.model, self.tokenizer, self.config = model, tokenizer, model.config
 
     @classmethod
-    def load(cls, run: Path | str, device: str = "auto", dtype: torch.dtype | None = None, **options: Any) -> Self:
+    def load(
+        cls,
+        run: Path | str,
+        device: str = "auto",
+        dtype: torch.dtype | None = None,
+        averaged: bool = False,
+        **options: Any,
+    ) -> Self:
         """The newest checkpoint of RUN, on `device`, computing in `dtype`, else in what it was trained in.
 
         Raises BadInput when RUN is no run, has no whole checkpoint, or holds a tokenizer that is not the model's.
         """
-        model = load_model(run, device, dtype)
+        model = load_model(run, device, dtype, averaged=averaged)
         # Matrices rest in the precision they are multiplied in; norms and routers compute in FP32 and stay as they are.
         for module in model.modules():
             if isinstance(module, (Linear, Experts, nn.Embedding)):
@@ -136,8 +143,10 @@ def _drain(pieces: Pieces) -> Completion:
             return completion
 
 
-def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None = None) -> Transformer:
-    """The newest checkpoint of RUN as a model, weights as they are stored. Raises BadInput."""
+def load_model(
+    run: Path | str, device: str = "auto", dtype: torch.dtype | None = None, averaged: bool = False
+) -> Transformer:
+    """The newest checkpoint of RUN as a model, weights as they are stored, or their moving average. Raises BadInput."""
     run = Path(run)
     config = read_run(run)
     place = _device(device)
@@ -147,7 +156,7 @@ def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None 
     if dtype is None:
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     model = Transformer(config.model, dtype)
-    load_model_weights(checkpoint.model, model)
+    load_model_weights(checkpoint.weights(averaged), model)
     return model.to(place)
 
 
