@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 import leanseek.parallel.apply as apply
 import leanseek.parallel.pipeline as pipelines
 import leanseek.train.step as training
+from leanseek import checkpoint
 from leanseek.config import BadInput
 from leanseek.data.loader import part_of
 from leanseek.eval.bpb import bits_per_byte
@@ -28,6 +30,7 @@ from leanseek.parallel.pipeline import Pipeline, layers_of_stages
 from leanseek.parallel.timetable import SCHEDULES, Timetable, enough_batches, even_cuts
 from leanseek.plan.count import loads
 from leanseek.train.optim import build_optimizers
+from leanseek.train.pretrain import share_of
 from leanseek.train.step import losses_of, train_step
 from tests.pool import Pool
 from tests.test_parallel import NOW, config_of, model_of, rows_of
@@ -46,12 +49,13 @@ class Case:
     packed: bool = False
     rows: int = 7
     steps: int = 5
+    begun: int = 0  # the first step to take; those before are in a checkpoint
 
     @property
     def alone(self) -> "Case":
         """The same in one process."""
         plain = tuple(override for override in self.overrides if not override.startswith("mesh."))
-        return Case(1, plain, self.packed, self.rows, self.steps)
+        return replace(self, ranks=1, overrides=plain)
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,8 @@ class Learnt:
     bpb: float
 
 
-def learn(rank: int, world: int, case: Case, fault: str | None = None) -> Learnt:
+def learn(rank: int, world: int, case: Case, fault: str | None = None, run: Path | None = None) -> Learnt:
+    """Takes the steps of a case, from a checkpoint of RUN if it did not begin with the first; then saves one there."""
     config = config_of("optimizer.name=adamw", "train.micro_batch=2", "model.num_hidden_layers=5", *case.overrides)
     ranks = ranks_of(config)
     model = model_of(config, torch.float64)
@@ -72,9 +77,13 @@ def learn(rank: int, world: int, case: Case, fault: str | None = None) -> Learnt
         pipeline = Pipeline(model, config, ranks, loads(config.model), losses_of) if ranks.division.pp > 1 else None
         parallelize(model, config, ranks, None if pipeline is None else list(pipeline.stages.values()))
         optimizers = build_optimizers(model, config.optimizer, ranks)
+        if run is not None and case.begun:
+            newest = checkpoint.newest(run, pytest.fail)
+            assert newest is not None
+            checkpoint.load(newest, model, optimizers, ranks)
         losses = []
         with watched_counts(list(model.routers())) as counts:
-            for number in range(case.steps):
+            for number in range(case.begun, case.steps):
                 ids, targets, positions, segments = (
                     None if whole is None else whole[part_of(0, case.rows, ranks.place["dp"], ranks.division.dp)]
                     for whole in rows_of(number, case.rows, case.packed)
@@ -85,9 +94,11 @@ def learn(rank: int, world: int, case: Case, fault: str | None = None) -> Learnt
                     model, optimizers, ids, targets, NOW, config, positions, segments, ranks, pipeline=pipeline
                 )
                 losses.append((got.loss, got.mtp_loss, got.balance_loss, got.grad_norm))
-        scored = bits_per_byte(model if pipeline is None else pipeline.nats, documents(), 16, 0, batch_tokens=40).bpb
-    state = model.state_dict()
-    whole = gathered(state, parts(model, ranks), dict.fromkeys(state, 0), ranks)
+        if run is not None:
+            checkpoint.save(run, case.steps, model, optimizers, {}, 1, ranks)
+        scorer = model if pipeline is None else pipeline.nats
+        scored = bits_per_byte(scorer, documents(), 16, 0, batch_tokens=40, share=share_of(ranks)).bpb
+    whole = gathered(model.state_dict(), parts(model, ranks), ranks)
     return Learnt(losses, counts, {name: tensor.numpy() for name, tensor in whole.items()}, scored)
 
 
@@ -181,6 +192,16 @@ def test_the_grid(pool: Pool, name: str, schedule: str) -> None:
     if schedule == "1F1B":  # one stage a rank: the cuts are others
         case = replace(case, overrides=tuple("mesh.cuts=[1,7]" if "cuts" in o else o for o in case.overrides))
     assert differs(pool.run(case.ranks, learn, case), alone(case.alone)) is None
+
+
+@pytest.mark.parametrize("first", ["stages", "one process"])
+def test_a_checkpoint_knows_nothing_of_stages(pool: Pool, tmp_path: Path, first: str) -> None:
+    stages = QUICK["DualPipeV"]
+    case, other = (stages, stages.alone) if first == "stages" else (stages.alone, stages)
+    pool.run(case.ranks, learn, replace(case, steps=2), None, tmp_path)
+    resumed = pool.run(other.ranks, learn, replace(other, begun=2), None, tmp_path)
+    whole = alone(stages.alone)
+    assert differs(resumed, replace(whole, losses=whole.losses[2:], counts=whole.counts[2:])) is None
 
 
 # ── planted faults ────────────────────────────────────────────────────────────────────────────────────────────────

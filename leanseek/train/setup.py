@@ -78,7 +78,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optim
     pipeline = None
     if ranks.division.pp > 1:
         pipeline = Pipeline(model, config, ranks, loads(config.model), losses_of)
-    model = parallelize(model, config, ranks, pipeline and list(pipeline.stages.values()))
+    model = parallelize(model, config, ranks, list(pipeline.stages.values()) if pipeline else None)
     optimizers = build_optimizers(model, config.optimizer, ranks)
     if config.optimizer.qk_clip is not None:
         watch_logits(model)
