@@ -121,7 +121,7 @@ def pipelined(pipeline: Pipeline) -> Gradients:
         depths = config.model.num_nextn_predict_layers
         counts = valid_targets(targets, segments, depths, ranks)
         balance_sequences(model, ids, config, ranks)
-        weights = [1.0, *[knobs.mtp_weight / depths] * depths]
+        weights = [1.0, *[knobs.mtp_weight / max(depths, 1)] * depths]
         factors = [weight / count for weight, count in zip(weights, counts, strict=True)]
         micro_batches = micro_batches_of(ids, config, ranks)
         sums = pipeline.backward(ids, targets, factors, config.train.micro_batch, micro_batches, positions, segments)
@@ -200,10 +200,10 @@ def update(
 def load_of_all(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], float]:
     """The tokens [E] that each router of this rank's layers sent to each expert in the whole batch, and the balance
     loss of all layers."""
-    if not routers:
-        return [], ranks.total(torch.zeros((), device=ranks.device), "pp").item()
+    if not routers:  # of this stage
+        return [], ranks.total(torch.zeros((), dtype=torch.float64, device=ranks.device), "pp").item()
     loads = ranks.total(torch.stack([router.load for router in routers]), "batch")
-    balance = ranks.total(torch.stack([router.balance_loss for router in routers]).sum(), "batch")
+    balance = ranks.total(torch.stack([router.balance_loss for router in routers]).sum().double(), "batch")
     return list(loads), ranks.total(balance, "pp").item()
 
 
