@@ -24,12 +24,12 @@ from leanseek.data.loader import part_of
 from leanseek.eval.bpb import bits_per_byte
 from leanseek.model.moe import Router
 from leanseek.parallel.apply import parallelize
-from leanseek.parallel.mesh import Ranks, ranks_of
+from leanseek.parallel.mesh import Ranks, divide, ranks_of
 from leanseek.parallel.parts import gathered, parts
 from leanseek.parallel.pipeline import Pipeline, layers_of_stages
 from leanseek.parallel.timetable import SCHEDULES, Timetable, enough_batches, even_cuts
 from leanseek.plan.count import loads
-from leanseek.train.optim import build_optimizers
+from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.pretrain import share_of
 from leanseek.train.step import losses_of, train_step
 from tests.pool import Pool
@@ -77,6 +77,8 @@ def learn(rank: int, world: int, case: Case, fault: str | None = None, run: Path
         pipeline = Pipeline(model, config, ranks, loads(config.model), losses_of) if ranks.division.pp > 1 else None
         parallelize(model, config, ranks, None if pipeline is None else list(pipeline.stages.values()))
         optimizers = build_optimizers(model, config.optimizer, ranks)
+        if config.optimizer.qk_clip is not None:
+            watch_logits(model)
         if run is not None and case.begun:
             newest = checkpoint.newest(run, pytest.fail)
             assert newest is not None
@@ -341,17 +343,17 @@ def test_every_layer_is_in_one_stage() -> None:
     assert layers_of_stages(model, 3, loads(model), [4, 6, 3]) == [range(3), range(3, 9), range(9, 9)]
 
 
-@pytest.mark.parametrize("cuts", [[4, 9], [4, 6, 2], [4, 0, 9], [4, 4, 4]])
-def test_cuts_that_make_no_stages_are_refused(cuts: list[int]) -> None:
-    model = config_of("model.num_hidden_layers=9", "model.num_nextn_predict_layers=2").model
-    with pytest.raises(BadInput, match="3 stages share 13 pieces"):
-        layers_of_stages(model, 3, loads(model), cuts)
+@pytest.mark.parametrize("cuts", ["[4,9]", "[4,6,1,2]", "[4,0,4,5]", "[4,4,4,4]"])
+def test_cuts_that_make_no_stages_are_refused(cuts: str) -> None:
+    nine = ("model.num_hidden_layers=9", UNEVEN[0], "mesh.pp=4")
+    with pytest.raises(BadInput, match=r"mesh\.cuts .*: 4 stages share .* 13 pieces"):
+        divide(config_of(*nine, f"mesh.cuts={cuts}"), 4)
+    divide(config_of(*nine, "mesh.cuts=[4,4,2,3]"), 4)
 
 
-def test_more_stages_than_pieces_are_refused() -> None:
-    model = config_of().model
-    with pytest.raises(BadInput, match="6 stages share 6 pieces"):
-        layers_of_stages(model, 6, loads(model))
+def test_pp_and_cp_together_are_refused() -> None:
+    with pytest.raises(BadInput, match="pp 2 and cp 2 do not go together yet"):
+        divide(config_of("mesh.pp=2", "mesh.cp=2"), 4)
 
 
 def test_even_cuts_are_the_best_of_all() -> None:

@@ -29,7 +29,7 @@ from torch.distributed.pipelining import (
     ScheduleZBVZeroBubble,
 )
 
-from leanseek.config import BadInput, Config, ModelConfig
+from leanseek.config import Config, ModelConfig
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, token_losses
 from leanseek.parallel.apply import forget_gathered
@@ -54,20 +54,13 @@ MANY_STAGES: dict[str, Any] = {  # a rank has several stages under these
 def layers_of_stages(
     model: ModelConfig, stages: int, loads: Sequence[int], cuts: Sequence[int] | None = None
 ) -> list[range]:
-    """Which layers each stage has: as `cuts` says, else with the loads as even as can be. Raises BadInput.
+    """Which layers each stage has: as `cuts` says, else with the loads as even as can be.
 
-    The model is a row of pieces: the embedding, the layers, the MTP modules, the head. `loads` is by piece; `cuts` is
-    how many each stage has. MTP modules and head are together in the last stage, so that no loss is made elsewhere.
+    The model is a row of pieces: the embedding, the layers, the MTP modules, the head. `loads` is by piece, `cuts` how
+    many each stage has. MTP modules and head are together in the last stage, so that no loss is made elsewhere.
     """
     layers, end = model.num_hidden_layers, model.num_nextn_predict_layers + 1
-    if cuts is None and stages <= layers + 2:
-        joined = even_cuts((*loads[:-end], sum(loads[-end:])), stages)
-        cuts = (*joined[:-1], joined[-1] + end - 1)
-    if cuts is None or len(cuts) != stages or sum(cuts) != 1 + layers + end or min(cuts) < 1 or cuts[-1] < end:
-        raise BadInput(
-            f"{'mesh.pp' if cuts is None else f'mesh.cuts {list(cuts)}'}: {stages} stages share {1 + layers + end} "
-            f"pieces (embedding, {layers} layers, MTP modules, head), at least one each, the last {end} together"
-        )
+    cuts = cuts or even_cuts((*loads[:-end], sum(loads[-end:])), stages)
     return [range(max(first - 1, 0), min(after - 1, layers)) for first, after in pairwise([0, *accumulate(cuts)])]
 
 
@@ -162,7 +155,7 @@ class Pipeline:
     def __init__(
         self, model: Transformer, config: Config, ranks: Ranks, loads: Sequence[int], losses: LossSums
     ) -> None:
-        """Cuts `model`, on its device, down to what this rank holds. Raises BadInput.
+        """Cuts `model`, on its device, down to what this rank holds.
 
         `loads` is by piece, see `layers_of_stages`; `losses` makes the losses at the end of the last stage.
         """

@@ -142,7 +142,9 @@ def train(
                 None if array is None else torch.from_numpy(array).to(device)
                 for array in (batch.positions, batch.segments)
             )
-            result = train_step(model, optimizers, ids, targets, now, config, positions, segments, ranks, pipeline)
+            result = train_step(
+                model, optimizers, ids, targets, now, config, positions, segments, ranks, pipeline=pipeline
+            )
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count

@@ -65,7 +65,7 @@ def take_up(
 def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
     """The initialised model on its device, which is made ready for it, and the optimizers: of many ranks one's part.
 
-    Where the layers are on several ranks, also what takes batches through them. Raises BadInput.
+    Where the layers are on several ranks, also what takes batches through them.
     """
     if config.train.device == "cpu":
         ready_cpu()
