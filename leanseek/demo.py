@@ -131,7 +131,7 @@ def budgeted(seconds: float, share: float, data: Data, tokenizer: Tokenizer) -> 
     """The demo recipe with the tokens that this machine trains in a share of the seconds, by a few steps' measure."""
     config = read_recipe("demo")
     config = config.model_copy(update={"train": settled(config.train)})
-    model, optimizers, loader = assemble(config, data, tokenizer)
+    model, optimizers, loader, _ = assemble(config, data, tokenizer)
     now = knobs(config.schedule, config.train.tokens // 2, config.train.tokens)
     rows = now.batch_tokens // config.stages[0].sequence_length
     times = []

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 WORKERS = 8
+GONE = "the process is gone"
 GRACE = 3.0  # seconds that the other ranks have to fail too, once one has
 PRELOADED = ["torch.distributed.fsdp", "torch.distributed.checkpoint", "torch.distributed.pipelining", "numpy"]
 
@@ -67,6 +68,8 @@ class Pool:
             hung = {rank: self._stack(rank) for rank in range(world) if rank not in answers}
             self.stop()
             failed |= {rank: f"no answer in {seconds:g} seconds; it was at\n{at}" for rank, at in hung.items()}
+        if GONE in failed.values():
+            self.stop()
         if failed:
             order = sorted(failed, key=lambda rank: ("gloo/transport" in failed[rank], rank))  # lost the others: later
             raise RanksFailed("\n".join(f"── rank {rank} of {world}: {failed[rank]}" for rank in order))
@@ -101,7 +104,7 @@ class Pool:
                 try:
                     answers[rank] = line.recv()
                 except EOFError:
-                    answers[rank] = (False, "the process is gone")
+                    answers[rank] = (False, GONE)
                 if not answers[rank][0]:
                     until = min(until, time.monotonic() + GRACE)
         return answers

@@ -90,8 +90,10 @@ def groups(rank: int, world: int, *overrides: str) -> dict[str, list[int]]:
     return {axis: [rank] if group is None else dist.get_process_group_ranks(group) for axis, group in found.items()}
 
 
-def test_groups_are_as_the_place_says(pool: Pool) -> None:
-    config = ("mesh.pp=2", "mesh.cp=2", "mesh.ep=4", "mesh.node=2")
+@pytest.mark.parametrize(
+    "config", [("mesh.pp=2", "mesh.ep=4", "mesh.node=2"), ("mesh.cp=2", "mesh.ep=8", "mesh.node=2")]
+)
+def test_groups_are_as_the_place_says(pool: Pool, config: tuple[str, ...]) -> None:
     division = divide(config_of(*config), 8)
     places = [division.place(rank) for rank in range(8)]
     for rank, found in enumerate(pool.run(8, groups, *config)):

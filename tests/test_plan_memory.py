@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
 
 def measured_peak(config: Config) -> int:
     """Bytes of live tensors at the peak of a second training step of two micro-batches."""
-    model, optimizers = build(config)
+    model, optimizers, _ = build(config)
     length = config.stages[0].sequence_length
     ids = torch.randint(config.model.vocab_size, (2 * config.train.micro_batch, length))
     knobs = Knobs(learning_rate=1e-4, batch_tokens=ids.numel(), bias_speed=0.001, mtp_weight=0.3)
@@ -143,7 +143,7 @@ def this_machine() -> Hardware:
 
 def planned_over_measured(config: Config, machine: Hardware) -> float:
     """CPU seconds of a training step of two micro-batches, as planned for the machine as it is now ÷ as they are."""
-    model, optimizers = build(config)
+    model, optimizers, _ = build(config)
     length, rows = config.stages[0].sequence_length, config.train.micro_batch
     ids = torch.randint(config.model.vocab_size, (2 * rows, length))
     knobs = Knobs(learning_rate=1e-4, batch_tokens=ids.numel(), bias_speed=0.001, mtp_weight=0.3)

@@ -13,11 +13,12 @@ from leanseek.plan.count import (
     forward_flops_by_part,
     forward_flops_per_token,
     muon_flops,
+    pieces,
     recomputed_flops_per_token,
 )
 from leanseek.plan.estimate import STACKS, Stack, estimate, matmuls, nodes_reached, traffic
 from leanseek.plan.hardware import SHIPPED, find, read_hardware
-from leanseek.plan.layout import Layout, checked, pieces, runs, wrong_with
+from leanseek.plan.layout import Layout, checked, runs, wrong_with
 from leanseek.plan.memory import fits, rank_bytes, why_not
 
 V3 = read_recipe("v3").model

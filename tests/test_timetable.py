@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +15,8 @@ from leanseek.parallel.timetable import (
     Deadlock,
     Timetable,
     bubble,
+    draw,
+    drawing,
     peak_activations,
     peak_put_off,
     play,
@@ -125,6 +128,22 @@ def test_dualpipe_goes_both_ways() -> None:
     assert [table.rank_of(0, 7), table.rank_of(3, 7)] == [3, 0]
     assert table.stages_per_rank == 2
     assert (Action("F", 0, 0),) == table.steps[0][0]
+
+
+def test_the_drawing_shows_what_is_played(tmp_path: Path) -> None:
+    tables = [SCHEDULES[name](4, 8) for name in SCHEDULES]
+    figure = drawing(tables)
+    for axis, table in zip(figure.axes, tables, strict=True):
+        part = table.ranks / table.stages
+        played = play(table, Costs(part, part, part))
+        boxes = [[box for box in axis.patches if int(box.get_y()) == rank] for rank in range(table.ranks)]
+        assert sum(map(len, boxes)) == sum(len(step) for steps in table.steps for step in steps)
+        for rank, row in enumerate(boxes):
+            areas = sum(box.get_width() * box.get_height() for box in row) / 0.9
+            assert areas == pytest.approx(played.busy[rank])
+            assert max(box.get_x() + box.get_width() for box in row) <= played.seconds
+    draw(tables, tmp_path / "drawn.png")
+    assert (tmp_path / "drawn.png").read_bytes().startswith(b"\x89PNG")
 
 
 # PyTorch's executor knows its whole order beforehand; the process group is a fake that moves nothing.

@@ -20,6 +20,9 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, token_losses
 
+# A model, or what asks one that is spread over machines: the −ln p of all targets of all batches together, each batch
+# ids and targets [B, T].
+Scorer = Transformer | Callable[[Iterable[tuple[Tensor, Tensor]]], float]
 Window = tuple[NDArray[np.int64], NDArray[np.int64]]  # inputs and targets, [n] each
 SORTED_AT_ONCE = 4096  # windows sorted by length together; bounds the memory, not the result
 
@@ -51,7 +54,7 @@ ALL = Share()
 
 
 def bits_per_byte(
-    model: Transformer,
+    model: Scorer,
     documents: Iterable[tuple[Sequence[int] | NDArray[np.integer], int]],
     context: int,
     bos_id: int,
@@ -97,15 +100,17 @@ def answers_of(samples: Iterable[Window], tokenizer: Tokenizer) -> Answers:
     return Answers(windows, said, tokens)
 
 
-def answers_bits_per_byte(model: Transformer, answers: Answers, batch_tokens: int = 8192, share: Share = ALL) -> BPB:
+def answers_bits_per_byte(model: Scorer, answers: Answers, batch_tokens: int = 8192, share: Share = ALL) -> BPB:
     """−log2 p of each token of the answers, given all that stands before it in its chat, over the answers' bytes."""
     nats = nats_of(model, iter(answers.windows), batch_tokens, share)
     return BPB(nats / math.log(2) / answers.bytes, answers.bytes, answers.tokens)
 
 
 @torch.no_grad()
-def nats_of(model: Transformer, windows: Iterator[Window], batch_tokens: int, share: Share = ALL) -> float:
+def nats_of(model: Scorer, windows: Iterator[Window], batch_tokens: int, share: Share = ALL) -> float:
     """−ln p of all targets of all windows together, each window by itself; the model is left in the mode it was in."""
+    if not isinstance(model, Transformer):
+        return share.total(model(share.of(batches(windows, batch_tokens))))
     assert model.lm_head is not None
     device = model.lm_head.weight.device
     nats = 0.0

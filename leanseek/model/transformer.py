@@ -41,13 +41,16 @@ class Transformer(nn.Module):
         segments: Tensor | None = None,
         cache: Sequence[LatentCache] | None = None,
     ) -> Tensor:
-        """ids, positions [B, T] (ids [B, T, D] where the embedding was cut off) → final hidden states [B, T, D].
+        """ids, positions [B, T] (for ids, hidden states [B, T, D] of earlier layers) → final hidden states [B, T, D].
 
         segments [B, T] isolates the samples packed into a row. With a cache, one LatentCache per layer, the new tokens
         attend to every cached position up to their own. The head is apart: `lm_head`.
         """
         rope, mask = rotary(positions, self.config), attention_mask(positions, segments, cached=cache is not None)
-        hidden = ids if self.embed_tokens is None else self.embed_tokens(ids).to(self.dtype)
+        hidden = ids
+        if not ids.is_floating_point():
+            assert self.embed_tokens is not None
+            hidden = self.embed_tokens(ids).to(self.dtype)
         for index, layer in self.layers.items():
             hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)])
         return hidden if self.norm is None else self.norm(hidden)
@@ -59,6 +62,8 @@ class Transformer(nn.Module):
 
         Position i of depth k predicts token i + k + 1 of the row.
         """
+        if not self.mtp:
+            return []
         assert self.embed_tokens is not None
         embedded, further = self.embed_tokens(ids).to(self.dtype), []
         for k, module in enumerate(self.mtp.values(), start=1):

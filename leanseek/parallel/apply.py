@@ -13,7 +13,7 @@ by a number of ranks.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -34,8 +34,13 @@ from leanseek.parallel.expert import ParallelDispatcher, Traffic, spread_experts
 from leanseek.parallel.mesh import Ranks
 
 
-def parallelize(model: Transformer, config: Config, ranks: Ranks) -> Transformer:
-    """The model, changed in place to be this rank's part; it may be a stage already, without the other layers."""
+def parallelize(
+    model: Transformer, config: Config, ranks: Ranks, stages: Sequence[nn.Module] | None = None
+) -> Transformer:
+    """The model, changed in place to be this rank's part.
+
+    It may have only some layers already; `stages` are then the modules that are called instead of it.
+    """
     if ranks.division.ep > 1:
         traffic, buffer = Traffic(), buffer_of(ranks, config.model.hidden_size)
         for moe in [module for module in model.modules() if isinstance(module, MoE)]:
@@ -43,14 +48,14 @@ def parallelize(model: Transformer, config: Config, ranks: Ranks) -> Transformer
             dispatcher = ParallelDispatcher(*given) if buffer is None else DeepEPDispatcher(*given, buffer)
             spread_experts(moe, dispatcher, ranks, config.mesh.most_load)
     recompute(model, config.train.recompute)
-    _share_states(model, config, ranks)
+    _share_states(model, config, ranks, [model] if stages is None else stages)
     return model
 
 
 # ── FSDP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _share_states(model: Transformer, config: Config, ranks: Ranks) -> None:
+def _share_states(model: Transformer, config: Config, ranks: Ranks, roots: Sequence[nn.Module]) -> None:
     d = ranks.division
     if d.dp * d.cp == 1:
         return
@@ -64,11 +69,12 @@ def _share_states(model: Transformer, config: Config, ranks: Ranks) -> None:
             fully_shard(module, mesh=over_copies, reshard_after_forward=gathers_again)
     for block in (*model.layers.values(), *model.mtp.values()):
         fully_shard(block, mesh=over, reshard_after_forward=gathers_again)
-    # Embedding and head are used by the MTP modules once more, after the model's own forward pass is over.
-    fully_shard(model, mesh=over, reshard_after_forward=False)
-    for unit in _units(model):
-        unit.set_gradient_divide_factor(1.0)
-        unit.set_force_sum_reduction_for_comms(True)
+    for root in roots:
+        # Embedding and head are used by the MTP modules once more, after the model's own forward pass is over.
+        fully_shard(root, mesh=over, reshard_after_forward=False)
+        for unit in _units(root):
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
 
 
 def before_micro_batch(model: nn.Module, last: bool, config: Config) -> None:

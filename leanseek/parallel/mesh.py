@@ -28,7 +28,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from leanseek.config import BadInput, Config
+from leanseek.config import BadInput, Config, ModelConfig
+from leanseek.parallel.timetable import stages_of
 
 T = TypeVar("T")
 
@@ -75,6 +76,9 @@ def divide(config: Config, world: int) -> Division:
     division = Division(asked.pp, dp, asked.cp, asked.tp, asked.ep, asked.replicate, asked.node)
     reason = wrong_with(division, config, world)
     if reason is None:
+        stages, cuts = stages_in(division.pp, config), asked.cuts
+        if stages > 1 and cuts is not None and (wrong := wrong_with_cuts(cuts, stages, config.model)) is not None:
+            raise BadInput(f"mesh.cuts {list(cuts)}: {wrong}")
         return division
     nearest = _nearest(division, config, world)
     changed = [axis for axis in ("pp", "dp", "cp", "tp", "ep", "replicate", "node") if axis != "dp" or asked.dp]
@@ -99,13 +103,31 @@ def wrong_with(division: Division, config: Config, world: int) -> str | None:
         return f"tp {d.tp} does not divide model.num_attention_heads {model.num_attention_heads}"
     if d.node > d.tp and (d.node % d.tp or max(d.ep, d.local) % d.local):
         return f"machines of node {d.node} ranks do not divide an expert group of ep {d.ep} (tp {d.tp})"
-    stages = d.pp * {"1F1B": 1, "Interleaved1F1B": config.mesh.chunks}.get(config.mesh.schedule, 2) if d.pp > 1 else 1
-    if stages > model.num_hidden_layers:
-        return f"pp {d.pp} makes {stages} stages of {model.num_hidden_layers} layers"
+    if stages_in(d.pp, config) > model.num_hidden_layers:
+        return f"pp {d.pp} makes {stages_in(d.pp, config)} stages of {model.num_hidden_layers} layers"
+    if d.pp > 1 and d.cp > 1:
+        return f"pp {d.pp} and cp {d.cp} do not go together yet: one of them must be 1"
     odd = [stage.sequence_length for stage in config.stages if stage.sequence_length % d.cp]
     if odd:
         return f"cp {d.cp} does not divide rows of {odd[0]} tokens"
     return None
+
+
+def stages_in(pp: int, config: Config) -> int:
+    """How many stages the layers are cut into."""
+    return pp * len(stages_of(config.mesh.schedule, pp, 0, config.mesh.chunks)) if pp > 1 else 1
+
+
+def wrong_with_cuts(cuts: tuple[int, ...], stages: int, model: ModelConfig) -> str | None:
+    """Why a model, a row of pieces (embedding, layers, MTP modules, head), cannot be cut into stages of so many."""
+    end = model.num_nextn_predict_layers + 1
+    whole = 1 + model.num_hidden_layers + end
+    if len(cuts) == stages and sum(cuts) == whole and min(cuts) > 0 and cuts[-1] >= end:
+        return None
+    return (
+        f"{stages} stages share the embedding, {model.num_hidden_layers} layers, MTP modules and head, {whole} pieces: "
+        f"at least one each, and {end} for the last, which has all from the MTP modules on"
+    )
 
 
 def _nearest(asked: Division, config: Config, world: int) -> Division:

@@ -8,10 +8,13 @@ held against them. No torch.
 F forward · B whole backward · I gradient of the input · W gradient of the weights, which can wait.
 """
 
+import itertools
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["F", "B", "I", "W"]
 
@@ -291,6 +294,43 @@ SCHEDULES: Mapping[str, Callable[[int, int], Timetable]] = {
     "DualPipe": dualpipe,
     "DualPipeV": dualpipe_v,
 }
+V_SHAPED = ("ZBV", "DualPipeV")  # the first rank holds the last stage too
+
+
+def stages_of(name: str, ranks: int, rank: int, chunks: int = 2) -> tuple[int, ...]:
+    """The stages that a rank holds under a schedule, in the order of the model; `chunks` of them where it is open."""
+    if name == "Interleaved1F1B":
+        return tuple(rank + chunk * ranks for chunk in range(chunks))
+    if name in V_SHAPED:
+        return rank, 2 * ranks - 1 - rank
+    if name == "DualPipe":
+        return rank, ranks - 1 - rank
+    return (rank,)
+
+
+def enough_batches(name: str, ranks: int, batches: int) -> int:
+    """The fewest micro-batches, at least `batches`, that a schedule takes."""
+    if name == "Interleaved1F1B":
+        return -(-batches // ranks) * ranks
+    if name == "DualPipe":
+        batches += batches % 2
+    return max(batches, ranks if name in ("1F1B", "ZB1P") else 2 * ranks)
+
+
+@lru_cache(maxsize=1024)
+def even_cuts(loads: tuple[int, ...], stages: int) -> tuple[int, ...]:
+    """How many pieces of a row each stage takes, in order and at least one, for loads as even as they can be.
+
+    That is when the sum of the squares of the stages' loads is least.
+    """
+    n, sums = len(loads), [0, *itertools.accumulate(loads)]
+    best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}
+    for stage in range(1, stages + 1):
+        best = {
+            i: min((best[j][0] + float(sums[i] - sums[j]) ** 2, (*best[j][1], i - j)) for j in best if j < i)
+            for i in range(stage, n - stages + stage + 1)
+        }
+    return best[n][1]
 
 
 # ── what they take ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -368,3 +408,70 @@ def _peak(steps: tuple[Step, ...], opens: str, closes: str) -> int:
         most = max(most, held)
         held -= sum(action.kind in closes for action in step)
     return most
+
+
+# ── the drawing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+COLOURS = {"F": "#8fb3c7", "B": "#c98b6b", "I": "#d9b382", "W": "#8aa88f"}
+SAID = {"F": "forward", "B": "backward", "I": "gradient of the input", "W": "gradient of the weights"}
+
+
+def draw(tables: Sequence[Timetable], file: Path) -> None:
+    """Writes a PNG: a panel for each schedule, in it a line for each rank, over time; gaps are bubbles."""
+    from matplotlib import pyplot as plt
+
+    figure = drawing(tables)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def drawing(tables: Sequence[Timetable]) -> Any:
+    """The matplotlib figure of `draw`.
+
+    A stage takes the longer the fewer of them a rank has, so that it is always the same model on so many ranks. What
+    overlaps shares a box; a further stage of a rank, or DualPipe's second direction, is paler.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.patches import Patch
+
+    heights = [table.ranks for table in tables]
+    size = 13, 1 + 0.34 * sum(heights) + 0.45 * len(tables)
+    figure, axes = plt.subplots(
+        len(tables), 1, figsize=size, sharex=True, squeeze=False, layout="constrained", height_ratios=heights
+    )
+    longest = max(_panel(axis, table) for axis, table in zip(axes[:, 0], tables, strict=True))
+    axes[-1, 0].set(xlabel="time, in forward passes of a micro-batch through a rank", xlim=(0, longest))
+    kinds = [Patch(color=colour, label=SAID[kind]) for kind, colour in COLOURS.items()]
+    figure.legend(handles=kinds, loc="outside lower center", ncols=4, frameon=False, fontsize=8)
+    return figure
+
+
+def _panel(axis: Any, table: Timetable) -> float:
+    """Draws one schedule and returns how long it takes."""
+    from matplotlib.patches import Rectangle
+
+    part = table.ranks / table.stages  # of what a rank has
+    costs = Costs(part, part, part)
+    played = play(table, costs)
+    for rank, (steps, begins) in enumerate(zip(table.steps, played.begins, strict=True)):
+        for step, begin in zip(steps, begins, strict=True):
+            width, height = costs.of(step), 0.9 / len(step)
+            for i, action in enumerate(step):
+                pale = action.stage >= table.ranks or (table.copies > 1 and action.batch >= table.batches // 2)
+                box = Rectangle((begin, rank + i * height), width, height, alpha=0.55 if pale else 1.0)
+                box.set(facecolor=COLOURS[action.kind], edgecolor="white")
+                axis.add_patch(box)
+                middle = box.get_center()
+                axis.annotate(str(action.batch), middle, ha="center", va="center", fontsize=6 if len(step) == 1 else 5)
+    idle = 1 - min(played.busy) / played.seconds
+    most = max(peak_activations(table)) * part
+    said = f"{table.name}: {idle:.0%} idle, activations of up to {most:g} micro-batches"
+    axis.set_title(said, loc="left", fontsize=9)
+    axis.set(ylim=(table.ranks, 0), ylabel="rank")
+    axis.set_yticks([rank + 0.45 for rank in range(table.ranks)], range(table.ranks), fontsize=7)
+    axis.tick_params(length=0)
+    axis.spines[:].set_visible(False)
+    return played.seconds

@@ -4,6 +4,7 @@ One formula per fact: the log's share of peak, the receipt, the planner and the 
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from leanseek.config import ModelConfig
 
@@ -196,6 +197,32 @@ def h800_cost(flops: float) -> tuple[float, float]:
     """Hours and US dollars that `flops` model FLOPs take on one H800 at the rate and price of V3's own pre-training."""
     hours = flops / H800_FLOPS_PER_SECOND / 3600
     return hours, hours * H800_USD_PER_HOUR
+
+
+# A model is a row of pieces: the embedding, the blocks, the MTP blocks with their pass of the head, the head.
+Piece = Literal["embedding", "dense", "moe", "mtp", "head"]
+
+
+def pieces(config: ModelConfig) -> list[Piece]:
+    blocks: list[Piece] = ["moe" if config.is_moe(layer) else "dense" for layer in range(config.num_hidden_layers)]
+    further: list[Piece] = ["mtp"] * config.num_nextn_predict_layers
+    return ["embedding", *blocks, *further, "head"]
+
+
+def loads(config: ModelConfig) -> tuple[int, ...]:
+    """Weights that a token meets in each piece of the row, those of norms and router left out."""
+    d = config.hidden_size
+    expert = 3 * d * config.moe_intermediate_size
+    attention, head = attention_weights(config), config.vocab_size * d
+    moe = attention + expert * (config.num_experts_per_tok + config.n_shared_experts)
+    of_piece: dict[Piece, int] = {
+        "embedding": 0,
+        "dense": attention + 3 * d * config.intermediate_size,
+        "moe": moe,
+        "mtp": moe + head + _eh_proj(config),
+        "head": head,
+    }
+    return tuple(of_piece[piece] for piece in pieces(config))
 
 
 def attention_weights(config: ModelConfig) -> int:

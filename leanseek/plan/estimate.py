@@ -13,9 +13,9 @@ from typing import Literal, NamedTuple
 
 from leanseek.config import ModelConfig
 from leanseek.parallel.timetable import Costs, play
-from leanseek.plan.count import flops_per_token, muon_flops
+from leanseek.plan.count import Piece, flops_per_token, muon_flops
 from leanseek.plan.hardware import Hardware
-from leanseek.plan.layout import Layout, Piece, checked, runs
+from leanseek.plan.layout import Layout, checked, runs
 from leanseek.plan.memory import RankMemory, rank_bytes
 
 MATMUL = 0.78  # of peak: DeepGEMM reaches 1550 of 1979 TFLOPS in FP8 on an H800

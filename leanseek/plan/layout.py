@@ -6,12 +6,21 @@ what is no expert lies on each of them, cut by tp. Tensor- and context-parallel 
 
 import itertools
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal
 
 from leanseek.config import BadInput, ModelConfig
-from leanseek.parallel.timetable import Timetable, dualpipe, dualpipe_v, interleaved, one_f_one_b, zb1p, zbv
-from leanseek.plan.count import attention_weights
+from leanseek.parallel.timetable import (
+    Timetable,
+    dualpipe,
+    dualpipe_v,
+    even_cuts,
+    interleaved,
+    one_f_one_b,
+    stages_of,
+    zb1p,
+    zbv,
+)
+from leanseek.plan.count import Piece, loads, pieces
 
 Precision = Literal["bf16", "fp8"]
 Recompute = Literal["none", "selective", "full"]
@@ -85,13 +94,7 @@ class Layout:
 
     def stages_of(self, rank: int) -> tuple[int, ...]:
         """The stages whose parameters pipeline rank `rank` holds."""
-        if self.schedule == "Interleaved1F1B":
-            return tuple(rank + chunk * self.pp for chunk in range(self.chunks))
-        if self.schedule in ("ZBV", "DualPipeV"):
-            return rank, 2 * self.pp - 1 - rank
-        if self.schedule == "DualPipe":
-            return rank, self.pp - 1 - rank
-        return (rank,)
+        return stages_of(self.schedule, self.pp, rank, self.chunks)
 
     def named(self) -> str:
         """The mesh in one line, for people."""
@@ -149,47 +152,10 @@ def wrong_with(layout: Layout, model: ModelConfig) -> str | None:
 
 # ── which layers lie where ────────────────────────────────────────────────────────────────────────────────────────
 
-# A model is a row of pieces: the embedding, the blocks, the MTP blocks with their pass of the head, the head.
-Piece = Literal["embedding", "dense", "moe", "mtp", "head"]
-
-
-def pieces(model: ModelConfig) -> list[Piece]:
-    blocks: list[Piece] = ["moe" if model.is_moe(layer) else "dense" for layer in range(model.num_hidden_layers)]
-    further: list[Piece] = ["mtp"] * model.num_nextn_predict_layers
-    return ["embedding", *blocks, *further, "head"]
-
 
 def runs(model: ModelConfig, layout: Layout) -> list[list[Piece]]:
     """The pieces of each stage: as the layout says, or with the loads as even as can be."""
     row = pieces(model)
-    lengths = layout.cuts or _even(tuple(_load(model, piece) for piece in row), layout.stages)
+    lengths = layout.cuts or even_cuts(loads(model), layout.stages)
     starts = [0, *itertools.accumulate(lengths)]
     return [row[start:end] for start, end in itertools.pairwise(starts)]
-
-
-def _load(model: ModelConfig, piece: Piece) -> int:
-    """Weights that a token meets in a piece."""
-    d = model.hidden_size
-    expert = 3 * d * model.moe_intermediate_size
-    attention, head = attention_weights(model), model.vocab_size * d
-    moe = attention + expert * (model.num_experts_per_tok + model.n_shared_experts)
-    return {
-        "embedding": 0,
-        "dense": attention + 3 * d * model.intermediate_size,
-        "moe": moe,
-        "mtp": moe + head + 2 * d * d,
-        "head": head,
-    }[piece]
-
-
-@lru_cache(maxsize=1024)
-def _even(loads: tuple[int, ...], stages: int) -> tuple[int, ...]:
-    """How many pieces each stage takes, in order, so that the sum of the squares of the stages' loads is least."""
-    n, sums = len(loads), [0, *itertools.accumulate(loads)]
-    best: list[tuple[float, tuple[int, ...]]] = [(float(sums[i]) ** 2, (i,)) for i in range(n + 1)]
-    for _ in range(stages - 1):
-        best = [
-            min((best[j][0] + float(sums[i] - sums[j]) ** 2, (*best[j][1], i - j)) for j in range(i + 1))
-            for i in range(n + 1)
-        ]
-    return best[n][1]

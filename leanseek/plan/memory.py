@@ -14,9 +14,9 @@ from typing import NamedTuple
 
 from leanseek.config import Config, ModelConfig
 from leanseek.parallel.timetable import peak_activations
-from leanseek.plan.count import attention_weights, norm_weights, parameters
+from leanseek.plan.count import Piece, attention_weights, norm_weights, parameters
 from leanseek.plan.hardware import Hardware
-from leanseek.plan.layout import Layout, Piece, runs
+from leanseek.plan.layout import Layout, runs
 
 RESERVED = 0.06  # of a device's memory: its runtime, communication buffers, fragments; an assumption (4.8 GiB of 80)
 SUPPORTS = 512  # keys up to which the trainer keeps the probabilities of attention on a CPU (ops/attention.py)

@@ -8,10 +8,10 @@ comes out is what a unit reaches, not the mean of a day. C latent width · R rot
 from dataclasses import dataclass
 
 from leanseek.config import BadInput, ModelConfig
-from leanseek.plan.count import cache_bytes_per_token, parameters
+from leanseek.plan.count import cache_bytes_per_token, parameters, pieces
 from leanseek.plan.estimate import EXCHANGE_UNITS, MATMUL, MEMORY, Stack, matmuls, piece_times
 from leanseek.plan.hardware import Hardware
-from leanseek.plan.layout import Layout, Precision, pieces
+from leanseek.plan.layout import Layout, Precision
 from leanseek.plan.memory import RESERVED
 
 ABSORBED = 0.67  # of BF16 peak: FlashMLA's dense decode, 660 TFLOPS on an H800

@@ -57,20 +57,21 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         given = config, fingerprint_of(file), run / "tokenizer", file
         config = lead(lambda: take_up(out, *given, chats=True, begun_with=run, ranks=world), everyone)
         ranks = ranks_of(config)
-        model, optimizers = build(config, ranks)
+        model, optimizers, pipeline = build(config, ranks)
+        scorer = model if pipeline is None else pipeline.nats
         # Weights and routing bias: the optimizers begin anew.
         checkpoint.load_model_weights(weights.model, model, ranks=ranks)
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
 
         def evaluate(stage: int) -> float:
-            return answers_bits_per_byte(model, answers, share=share_of(ranks)).bpb
+            return answers_bits_per_byte(scorer, answers, share=share_of(ranks)).bpb
 
         # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
         length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
         flops = [flops_per_token(config.model, length)] * len(config.stages)
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
         what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out"
-        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks)
+        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks, pipeline)
 
 
 def tuned(config: Config) -> Config:

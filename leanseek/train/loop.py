@@ -25,6 +25,7 @@ from leanseek.config import BadInput, Config
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.apply import forget_gathered
 from leanseek.parallel.mesh import ALONE, Ranks, lead
+from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.average import Average
 from leanseek.train.log import Log
 from leanseek.train.schedule import knobs
@@ -80,6 +81,7 @@ def train(
     flops_per_token: list[float],
     log: Log,
     ranks: Ranks = ALONE,
+    pipeline: Pipeline | None = None,
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
@@ -140,7 +142,9 @@ def train(
                 None if array is None else torch.from_numpy(array).to(device)
                 for array in (batch.positions, batch.segments)
             )
-            result = train_step(model, optimizers, ids, targets, now, config, positions, segments, ranks)
+            result = train_step(
+                model, optimizers, ids, targets, now, config, positions, segments, ranks, pipeline=pipeline
+            )
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count

@@ -17,6 +17,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import Share, bits_per_byte
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
+from leanseek.parallel.pipeline import Pipeline
 from leanseek.plan.count import flops_per_token
 from leanseek.train.setup import build, take_up, train_and_bill
 
@@ -43,25 +44,26 @@ def _opened(folder: Path) -> tuple[Data, Tokenizer]:
 
 def assemble(
     config: Config, data: Data, tokenizer: Tokenizer, ranks: Ranks = ALONE
-) -> tuple[Transformer, list[Optimizer], Loader]:
-    """What a run begins with: the initialised model on its device, its optimizers, and the batches."""
-    model, optimizers = build(config, ranks)
+) -> tuple[Transformer, list[Optimizer], Loader, Pipeline | None]:
+    """What a run begins with: the initialised model on its device, its optimizers, the batches, and its pipeline."""
+    model, optimizers, pipeline = build(config, ranks)
     loader = Loader(data, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
-    return model, optimizers, loader
+    return model, optimizers, loader, pipeline
 
 
 def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path, ranks: Ranks) -> dict[str, Any]:
-    model, optimizers, loader = assemble(config, data, tokenizer, ranks)
+    model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks)
+    scorer = model if pipeline is None else pipeline.nats
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
         length = config.stages[stage].sequence_length
-        return bits_per_byte(model, documents, length, tokenizer.bos_id, share=share_of(ranks)).bpb
+        return bits_per_byte(scorer, documents, length, tokenizer.bos_id, share=share_of(ranks)).bpb
 
     flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"
-    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, ranks)
+    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, ranks, pipeline)
 
 
 def share_of(ranks: Ranks) -> Share:

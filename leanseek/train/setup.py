@@ -14,13 +14,15 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import ALONE, Ranks, lead
-from leanseek.plan.count import training_bytes
+from leanseek.parallel.pipeline import Pipeline
+from leanseek.plan.count import loads, training_bytes
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import Log
 from leanseek.train.loop import Batches, train
 from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
 from leanseek.train.receipt import write_receipt
+from leanseek.train.step import losses_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -60,8 +62,11 @@ def take_up(
     return config
 
 
-def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optimizer]]:
-    """The initialised model on its device, which is made ready for it, and the optimizers: of many ranks one's part."""
+def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
+    """The initialised model on its device, which is made ready for it, and the optimizers: of many ranks one's part.
+
+    Where the layers are on several ranks, also what takes batches through them.
+    """
     if config.train.device == "cpu":
         ready_cpu()
     model = Transformer(config.model, DTYPES[config.train.dtype])
@@ -70,11 +75,14 @@ def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optim
     if config.train.compile:
         for block in model.layers.values():
             block.compile()
-    model = parallelize(model, config, ranks)
+    pipeline = None
+    if ranks.division.pp > 1:
+        pipeline = Pipeline(model, config, ranks, loads(config.model), losses_of)
+    model = parallelize(model, config, ranks, list(pipeline.stages.values()) if pipeline else None)
     optimizers = build_optimizers(model, config.optimizer, ranks)
     if config.optimizer.qk_clip is not None:
         watch_logits(model)
-    return model, optimizers
+    return model, optimizers, pipeline
 
 
 def train_and_bill(
@@ -87,6 +95,7 @@ def train_and_bill(
     flops_per_token: list[float],
     what: str,
     ranks: Ranks = ALONE,
+    pipeline: Pipeline | None = None,
 ) -> dict[str, Any]:
     """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on."""
     device = torch.device(config.train.device)
@@ -94,7 +103,8 @@ def train_and_bill(
     with Log(run, config.train.tokens, ranks.total(peak).item(), silent=not ranks.first) as log:
         where = f"on {device.type} in {config.train.dtype}{ranks.named()}"
         log.say(f"{run}: {config.train.tokens:,} tokens, {what}, {where}")
-        progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log, ranks)
+        parts = model, optimizers, batches, evaluate, flops_per_token, log, ranks, pipeline
+        progress, ending = train(run, config, *parts)
     return lead(lambda: write_receipt(run, config, progress, ending, ranks.world), ranks.group("world"))
 
 

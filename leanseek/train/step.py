@@ -23,6 +23,7 @@ from leanseek.ops.loss import IGNORE, linear_cross_entropy
 from leanseek.parallel.apply import before_micro_batch
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.parts import local, norm_of
+from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
 from leanseek.train.schedule import Knobs
 
@@ -67,10 +68,12 @@ def train_step(
     positions: Tensor | None = None,
     segments: Tensor | None = None,
     ranks: Ranks = ALONE,
+    pipeline: Pipeline | None = None,
 ) -> StepResult:
     """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite."""
     model.train()
-    losses = gradients(model, ids, targets, knobs, config, positions, segments, ranks)
+    make = gradients if pipeline is None else pipelined(pipeline)
+    losses = make(model, ids, targets, knobs, config, positions, segments, ranks)
     return update(model, optimizers, losses, knobs, config, ranks)
 
 
@@ -87,9 +90,8 @@ def gradients(
     """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks."""
     depths, micro_batch = len(model.mtp), config.train.micro_batch
     counts = valid_targets(targets, segments, depths, ranks)
-    rows = torch.tensor(ids.shape[0], device=ids.device)
-    micro_batches = -(-int(ranks.largest(rows.clone(), "batch")) // micro_batch)
-    balance_sequences(model, int(ranks.total(rows, "dp")), config)
+    micro_batches = micro_batches_of(ids, config, ranks)
+    balance_sequences(model, ids, config, ranks)
     sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
     for number in range(micro_batches):
         mine = slice(number * micro_batch, (number + 1) * micro_batch)
@@ -103,6 +105,32 @@ def gradients(
     return losses_of_all
 
 
+def pipelined(pipeline: Pipeline) -> Gradients:
+    """`Gradients` where the layers are on several ranks: all micro-batches go through the stages by their schedule."""
+
+    def gradients(
+        model: Transformer,
+        ids: Tensor,
+        targets: Tensor,
+        knobs: Knobs,
+        config: Config,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        ranks: Ranks,
+    ) -> list[float]:
+        depths = config.model.num_nextn_predict_layers
+        counts = valid_targets(targets, segments, depths, ranks)
+        balance_sequences(model, ids, config, ranks)
+        weights = [1.0, *[knobs.mtp_weight / max(depths, 1)] * depths]
+        factors = [weight / count for weight, count in zip(weights, counts, strict=True)]
+        micro_batches = micro_batches_of(ids, config, ranks)
+        sums = pipeline.backward(ids, targets, factors, config.train.micro_batch, micro_batches, positions, segments)
+        losses: list[float] = (ranks.total(sums, "batch").cpu() / torch.tensor(counts)).tolist()
+        return losses
+
+    return gradients
+
+
 def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
     """How many targets the whole batch has for the main model and each MTP depth; 1 where there is none."""
     found = [(targets_of_depth(targets, segments, k) != IGNORE).sum() for k in range(depths + 1)]
@@ -110,10 +138,17 @@ def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: 
     return counts
 
 
-def balance_sequences(model: Transformer, sequences: int, config: Config) -> None:
-    """Weighs the balance loss of a sequence, of so many in the whole batch."""
+def micro_batches_of(ids: Tensor, config: Config, ranks: Ranks) -> int:
+    """How many micro-batches each rank takes its rows in: as many as the one that has most needs."""
+    rows = ranks.largest(torch.tensor(ids.shape[0], device=ids.device), "batch")
+    return -(-int(rows) // config.train.micro_batch)
+
+
+def balance_sequences(model: Transformer, ids: Tensor, config: Config, ranks: Ranks) -> None:
+    """Weighs the balance loss of a sequence, one of all in the whole batch."""
+    sequences = ranks.total(torch.tensor(ids.shape[0], device=ids.device), "dp")
     for router in model.routers().values():
-        router.balance_weight.fill_(config.train.balance_loss_alpha / max(sequences, 1))
+        router.balance_weight.fill_(config.train.balance_loss_alpha / max(int(sequences), 1))
 
 
 def update(
@@ -165,10 +200,10 @@ def update(
 def load_of_all(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], float]:
     """The tokens [E] that each router of this rank's layers sent to each expert in the whole batch, and the balance
     loss of all layers."""
-    if not routers:
-        return [], ranks.total(torch.zeros((), device=ranks.device), "pp").item()
+    if not routers:  # of this stage
+        return [], ranks.total(torch.zeros((), dtype=torch.float64, device=ranks.device), "pp").item()
     loads = ranks.total(torch.stack([router.load for router in routers]), "batch")
-    balance = ranks.total(torch.stack([router.balance_loss for router in routers]).sum(), "batch")
+    balance = ranks.total(torch.stack([router.balance_loss for router in routers]).sum().double(), "batch")
     return list(loads), ranks.total(balance, "pp").item()
 
 
@@ -176,10 +211,16 @@ def loss_sums(
     model: Transformer, ids: Tensor, targets: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
 ) -> list[Tensor]:
     """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T]."""
-    assert model.lm_head is not None
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    hidden = model(ids, positions, segments)
+    return losses_of(model, model(ids, positions, segments), ids, targets, positions, segments)
+
+
+def losses_of(
+    model: Transformer, hidden: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor | None
+) -> list[Tensor]:
+    """The same from the final hidden states [b, T, D]."""
+    assert model.lm_head is not None
     losses = []
     for k, state in enumerate([hidden, *model.predict_further(hidden, ids, positions, segments)]):
         wanted = targets_of_depth(targets, segments, k)
