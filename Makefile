@@ -9,10 +9,10 @@ demo: $(VENV)/core  ## the whole chain in a few minutes: text, tokenizer, traini
 	$(BIN)/leanseek demo
 
 test: $(VENV)/dev  ## the proofs that fit into minutes
-	$(BIN)/python -m pytest -n 2 -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/dev  ## the long proofs
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
 
 check: $(VENV)/dev  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -151,6 +151,11 @@ class TrainConfig(Section):
     eval_every: int = Field(100, gt=0)  # optimizer steps
     eval_tokens: int = Field(131072, gt=0)  # validation text scored each time, always the same documents
     rollback_after: int = Field(3, gt=0)  # non-finite steps in a row before the last checkpoint is taken up again
+    # What is computed again backward instead of being kept: `selective` as V3, the norms and MLA's up-projections
+    # (report §3.2.3); `full`: each block.
+    recompute: Literal["none", "selective", "full"] = "none"
+    ema_decay: float | None = Field(None, gt=0, lt=1)  # per step, of an average of the weights kept in CPU memory
+    background_saves: bool = False  # a checkpoint is written beside the next steps
 
 
 class OptimizerConfig(Section):
@@ -162,6 +167,7 @@ class OptimizerConfig(Section):
     clip: float = Field(1.0, gt=0)
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     muon_steps: int = Field(5, gt=0)
+    moments: Literal["fp32", "bf16"] = "fp32"  # what AdamW's two moments rest in (report §3.3.3)
     qk_clip: float | None = Field(None, gt=0)  # largest attention logit tolerated; None leaves the heads alone
 
 
@@ -215,6 +221,26 @@ class Stage(Section):
         return self
 
 
+class MeshConfig(Section):
+    """How a run lies on its ranks, one device each: pp × dp × cp × tp of them (report §3.2; see `parallel.mesh`)."""
+
+    pp: int = Field(1, gt=0)  # pipeline: layers
+    dp: int | None = Field(None, gt=0)  # data: rows of the batch; None: all ranks that the other axes leave
+    cp: int = Field(1, gt=0)  # context: tokens of a row
+    tp: int = Field(1, gt=0)  # attention heads
+    ep: int = Field(1, gt=0)  # experts, over ranks of dp × cp
+    replicate: int = Field(1, gt=0)  # of dp: so many copies of all states; dp ÷ replicate ranks share each
+    node: int = Field(
+        1, gt=0
+    )  # consecutive ranks in a machine: a token crosses to a machine once, whatever it has there
+    shards: Literal["states", "all"] = "all"  # over dp: gradients and optimizer states as ZeRO-1, or the weights too
+    most_load: float | None = Field(None, gt=1)  # × the even share of rows that a rank's experts may be sent at once
+    schedule: Literal["1F1B", "Interleaved1F1B", "ZBV", "DualPipeV"] = "1F1B"
+    chunks: int = Field(2, gt=1)  # stages of a rank under Interleaved1F1B
+    cuts: tuple[int, ...] | None = None  # pieces in each stage, as `plan` counts them; None: as even as can be
+    timeout: float = Field(600, gt=0)  # seconds that a collective may take
+
+
 class CostConfig(Section):
     device: str = "this machine"
     usd_per_device_hour: float = Field(0.1, ge=0)
@@ -228,6 +254,7 @@ class Config(Section):
     schedule: ScheduleConfig
     data: DataConfig = DataConfig()
     stages: tuple[Stage, ...] = Field(min_length=1)
+    mesh: MeshConfig = MeshConfig()
     cost: CostConfig = CostConfig()
 
     @model_validator(mode="after")

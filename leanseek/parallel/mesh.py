@@ -1,0 +1,255 @@
+"""How a run lies on its ranks (report §3.2): from `[mesh]` and the number of processes to groups of ranks.
+
+    rank = ((pp · DP + dp) · CP + cp) · TP + tp        small letters: where a rank is; capitals: how many there are
+
+- A **stage** of the pipeline is on the ranks of one pp; which stages a pp holds is its schedule's.
+- A **row** of the batch is on one dp, the same on all its pp and tp; each of its cp holds a part of the row's tokens.
+- An **expert** e of E is on the ranks with ep = e ÷ (E ÷ EP), where ep = (dp · CP + cp) mod EP: an expert group is
+  EP neighbours, so that it fills as few machines as it can. What copies of it there are, one for each group, share it
+  by FSDP.
+- An attention **head** h of H is on the ranks with tp = h ÷ (H ÷ TP).
+- Everything else of a stage is shared by FSDP among its dp × cp ranks, or lies there `replicate` times, each shared.
+
+The rest of the code is handed a `Ranks` and finds nothing by itself. One process is a mesh like any other: no group,
+and every sum is what it was.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from leanseek.config import BadInput, Config
+
+
+@dataclass(frozen=True)
+class Division:
+    """How many ranks each axis has."""
+
+    pp: int = 1
+    dp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    replicate: int = 1
+    node: int = 1  # ranks in a machine
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.cp * self.tp
+
+    @property
+    def shard(self) -> int:
+        """Ranks that share one copy of what is no expert."""
+        return self.dp * self.cp // self.replicate
+
+    @property
+    def local(self) -> int:
+        """Ranks of an expert group that are in one machine."""
+        return min(self.ep, max(1, self.node // self.tp))
+
+    def place(self, rank: int) -> dict[str, int]:
+        """Where a rank is on pp, dp, cp, tp and ep."""
+        rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
+        pp, dp = divmod(rest, self.dp)
+        return {"pp": pp, "dp": dp, "cp": cp, "tp": tp, "ep": (dp * self.cp + cp) % self.ep}
+
+
+def divide(config: Config, world: int) -> Division:
+    """The division that `config.mesh` asks for. Raises BadInput with the reason and the nearest possible one."""
+    asked = config.mesh
+    others = asked.pp * asked.cp * asked.tp
+    dp = asked.dp or max(1, world // others)
+    division = Division(asked.pp, dp, asked.cp, asked.tp, asked.ep, asked.replicate, asked.node)
+    reason = wrong_with(division, config, world)
+    if reason is None:
+        return division
+    nearest = _nearest(division, config, world)
+    changed = [axis for axis in ("pp", "dp", "cp", "tp", "ep", "replicate", "node") if axis != "dp" or asked.dp]
+    keys = [
+        f"mesh.{axis}={getattr(nearest, axis)}" for axis in changed if getattr(nearest, axis) != getattr(asked, axis)
+    ]
+    raise BadInput(f"mesh: {reason}; the nearest that fits {world} processes: {' '.join(keys) or 'mesh.dp left out'}")
+
+
+def wrong_with(division: Division, config: Config, world: int) -> str | None:
+    """Why so many processes and such a model cannot be divided that way, or None."""
+    d, model = division, config.model
+    if d.world != world:
+        return f"pp {d.pp} × dp {d.dp} × cp {d.cp} × tp {d.tp} are {d.world} ranks, and {world} processes run"
+    if d.dp % d.replicate:
+        return f"replicate {d.replicate} does not divide dp {d.dp}"
+    if d.shard % d.ep:
+        return f"ep {d.ep} does not divide the {d.shard} ranks (dp × cp ÷ replicate) that its experts are spread over"
+    if model.n_routed_experts % d.ep:
+        return f"ep {d.ep} does not divide model.n_routed_experts {model.n_routed_experts}"
+    if model.num_attention_heads % d.tp:
+        return f"tp {d.tp} does not divide model.num_attention_heads {model.num_attention_heads}"
+    if d.node > d.tp and (d.node % d.tp or max(d.ep, d.local) % d.local):
+        return f"machines of node {d.node} ranks do not divide an expert group of ep {d.ep} (tp {d.tp})"
+    stages = d.pp * {"1F1B": 1, "Interleaved1F1B": config.mesh.chunks}.get(config.mesh.schedule, 2) if d.pp > 1 else 1
+    if stages > model.num_hidden_layers:
+        return f"pp {d.pp} makes {stages} stages of {model.num_hidden_layers} layers"
+    odd = [stage.sequence_length for stage in config.stages if stage.sequence_length % d.cp]
+    if odd:
+        return f"cp {d.cp} does not divide rows of {odd[0]} tokens"
+    return None
+
+
+def _nearest(asked: Division, config: Config, world: int) -> Division:
+    """Of all that fit, the one with the fewest axes changed, and those by the least factor."""
+    divisors = [n for n in range(1, world + 1) if world % n == 0]
+
+    def distance(other: Division) -> tuple[int, float]:
+        pairs = [(getattr(asked, axis), getattr(other, axis)) for axis in ("pp", "cp", "tp", "ep", "replicate", "node")]
+        return sum(a != b for a, b in pairs), sum(abs(math.log(a / b)) for a, b in pairs)
+
+    best: Division | None = None
+    for pp, cp, tp in itertools.product(divisors, repeat=3):
+        if world % (pp * cp * tp):
+            continue
+        dp = world // (pp * cp * tp)
+        for ep, copies in itertools.product(*[[n for n in divisors if dp * cp % n == 0]] * 2):
+            for node in {asked.node, tp}:
+                other = Division(pp, dp, cp, tp, ep, copies, node)
+                if wrong_with(other, config, world) is None and (best is None or distance(other) < distance(best)):
+                    best = other
+    assert best is not None  # dp alone always fits
+    return best
+
+
+# ── the ranks of a run ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks of a run, as one of them sees them. `meshes` is empty where there is one process."""
+
+    division: Division = Division()
+    rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    meshes: dict[str, DeviceMesh] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        return self.division.world
+
+    @property
+    def first(self) -> bool:
+        """Whether this one logs, locks and writes for all."""
+        return self.rank == 0
+
+    @property
+    def place(self) -> dict[str, int]:
+        return self.division.place(self.rank)
+
+    def group(self, axis: str) -> dist.ProcessGroup | None:
+        """The ranks that differ from this one on an axis only; None where it has one rank.
+
+        Axes: world, pp, dp, cp, tp, ep; `batch`: dp × cp, who share the tokens of a batch; `node` and `local`: of an
+        expert group those of the same place in every machine, and those of the same machine.
+        """
+        if not self.meshes:
+            return None
+        for mesh in self.meshes.values():
+            if axis in (mesh.mesh_dim_names or ()):
+                return mesh.get_group(axis) if mesh[axis].size() > 1 else None
+        raise KeyError(axis)
+
+    def total(self, tensor: Tensor, axis: str = "world") -> Tensor:
+        """The sum over the ranks of an axis, in place."""
+        return self._reduce(tensor, dist.ReduceOp.SUM, axis)
+
+    def largest(self, tensor: Tensor, axis: str = "world") -> Tensor:
+        """The largest value over the ranks of an axis, element by element, in place."""
+        return self._reduce(tensor, dist.ReduceOp.MAX, axis)
+
+    def any(self, answer: bool) -> bool:
+        """Whether any rank says yes: what all then act on."""
+        return bool(self.largest(torch.tensor(int(answer), device=self.device)))
+
+    def agreed(self, value: float) -> float:
+        """The first rank's value, on all of them."""
+        if not self.meshes:
+            return value
+        told = torch.tensor(value, dtype=torch.float64)
+        dist.broadcast(told, src=0)
+        return told.item()
+
+    def wait(self) -> None:
+        """Until all ranks are here."""
+        if self.meshes:
+            dist.barrier()
+
+    def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType, axis: str) -> Tensor:
+        group = self.group(axis)
+        if group is not None:
+            dist.all_reduce(tensor, operation, group=group)
+        return tensor
+
+
+ALONE = Ranks()
+
+
+def meshes_of(division: Division, device_type: str) -> dict[str, DeviceMesh]:
+    """The process groups of a division; every rank makes them in the same order.
+
+    `data`: pp, dp, cp, tp. `dense`: what FSDP shares all but the experts over, its dims replicate and shard. `experts`:
+    replicate, `copies` of an expert group, and within one node × local. Each is the same row of ranks, cut otherwise.
+    """
+    d = division
+    whole = {
+        "data": {"pp": d.pp, "dp": d.dp, "cp": d.cp, "tp": d.tp},
+        "dense": {"dense_pp": d.pp, "replicate": d.replicate, "shard": d.shard, "dense_tp": d.tp},
+        "experts": {
+            "experts_pp": d.pp,
+            "experts_replicate": d.replicate,
+            "copies": d.shard // d.ep,
+            "node": d.ep // d.local,
+            "local": d.local,
+            "experts_tp": d.tp,
+        },
+        "groups": {"groups_before": d.world // (d.ep * d.tp), "ep": d.ep, "groups_tp": d.tp},
+        "batch": {"batch_pp": d.pp, "batch": d.dp * d.cp, "batch_tp": d.tp},
+        "world": {"world": d.world},
+    }
+    return {
+        name: init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+        for name, axes in whole.items()
+    }
+
+
+def processes() -> int:
+    """How many processes torchrun started for this command, 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@contextmanager
+def open_ranks(config: Config) -> Iterator[Ranks]:
+    """Joins the processes that torchrun started, for as long as the block runs; one process has nothing to join.
+
+    `config.train.device` must be settled. Raises BadInput for an impossible division.
+    """
+    division = divide(config, processes())
+    device = torch.device(config.train.device)
+    if division.world == 1:
+        yield replace(ALONE, device=device)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=config.mesh.timeout))
+    try:
+        yield Ranks(division, dist.get_rank(), device, meshes_of(division, device.type))
+    finally:
+        dist.destroy_process_group()
