@@ -1,5 +1,6 @@
 """Rows cut over ranks, matrices cut over ranks: what they compute is what one process computes."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,12 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanseek.config import BadInput, Config, read_recipe
+from leanseek.config import Config, read_recipe
+from leanseek.hub import export_release, import_release
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import linear_cross_entropy
-from leanseek.parallel.context import Context, cut_rows, pieces_of
-from leanseek.parallel.tensor import cut_matrices, joined, share
-from tests.pool import Pool
+from leanseek.parallel.context import Context, cut_rows
+from leanseek.parallel.tensor import cut_matrices, joined
+from leanseek.serve.llm import LLM
+from leanseek.serve.sampling import Sampling
+from tests.pool import Pool, ranks_of
+from tests.runs import make_run, tokenizer
+from tests.runs import model_of as served_model
 from tests.tiny import RECIPE
 
 LENGTH = 32
@@ -88,7 +94,9 @@ def test_context(pool: Pool) -> None:
             assert (total(lambda f, i=i: f["loads"][i]) == load).all()
             assert abs(total(lambda f, i=i: f["balance"][i]) - whole["balance"][i]).max() < 1e-12
         for name, gradient in whole["gradients"].items():
-            assert abs(total(lambda f, n=name: f["gradients"][n]) - gradient).max() < 1e-9 * max(1, abs(gradient).max()), name
+            assert abs(total(lambda f, n=name: f["gradients"][n]) - gradient).max() < 1e-9 * max(
+                1, abs(gradient).max()
+            ), name
 
 
 def in_tensor(rank: int, world: int) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def test_tensor(pool: Pool) -> None:
     whole = learn(model_of(config), rows_of(config), None)
     for world in (2, 4):
         found = pool.run(world, in_tensor)
-        for rank, f in enumerate(found):
+        for f in found:
             assert abs(f["losses"] - whole["losses"]).max() < 1e-10
             for i, load in enumerate(whole["loads"]):
                 assert (f["loads"][i] == load).all()
@@ -111,3 +119,32 @@ def test_tensor(pool: Pool) -> None:
         for name, gradient in whole["gradients"].items():
             ours = joined(name, [torch.from_numpy(f["gradients"][name]) for f in found]).numpy()
             assert abs(ours - gradient).max() < 1e-9 * max(1, abs(gradient).max()), name
+
+
+# ── serving on several ranks ──────────────────────────────────────────────────────────────────────────────────────
+
+PROMPTS = ["A small fox", "Later the rain came, and the fox slept", "the"]
+
+
+def says(rank: int, world: int, run: str) -> list[list[int]]:
+    ranks = ranks_of(config_of(f"mesh.tp={world}", "model.num_attention_heads=4"))
+    llm = LLM.load(run, dtype=torch.float64, ranks=ranks)
+    assert llm.model.layers["0"].self_attn.heads == 4 // world
+    drawn = llm.generate_many(PROMPTS, Sampling(temperature=0.7, max_tokens=20, seed=3))
+    return [completion.token_ids for completion in drawn]
+
+
+@pytest.mark.parametrize("resting", ["fp32", "fp8"])
+def test_ranks_with_shares_of_the_weights_say_what_one_process_says(pool: Pool, tmp_path: Path, resting: str) -> None:
+    vocabulary = tokenizer()
+    run = make_run(
+        tmp_path / "run", served_model(vocabulary, num_attention_heads=4, num_nextn_predict_layers=1), vocabulary
+    )
+    if resting == "fp8":
+        export_release(run, tmp_path / "released", "fp8")
+        import_release(tmp_path / "released", run := tmp_path / "imported")
+    llm = LLM.load(run, dtype=torch.float64)
+    alone = [c.token_ids for c in llm.generate_many(PROMPTS, Sampling(temperature=0.7, max_tokens=20, seed=3))]
+    assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
+    for world in (2, 4):
+        assert pool.run(world, says, str(run)) == [alone] * world

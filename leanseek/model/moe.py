@@ -71,7 +71,10 @@ class Router(nn.Module):
             scores = self.scores(F.linear(x.to(precise), self.weight.to(precise)))  # [B, T, E]
         experts, weights = self.select(scores.flatten(0, 1))
         if self.training:
-            loss = sequence_balance_loss(scores, self.config.num_experts_per_tok, self.complete).sum() * self.balance_weight
+            loss = (
+                sequence_balance_loss(scores, self.config.num_experts_per_tok, self.complete).sum()
+                * self.balance_weight
+            )
             weights = _JoinLoss.apply(weights, loss, self.balance_loss)
         return experts, weights
 
