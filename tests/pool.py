@@ -10,9 +10,9 @@ How to write a case:
     def test_sums(pool: Pool) -> None:                                # the fixture of conftest.py
         assert pool.run(4, sums, 1.0) == [10.0] * 4                   # the answers by rank
 
-`ranks_of(config)` inside a case gives the `Ranks` of a division. A case that raises on any rank fails with that rank's
-traceback; one that takes longer than `seconds` fails with the place at which each rank waits, and the workers are made
-anew. Every case has a process group of its own, OMP has one thread, and warnings are errors as in pytest.
+Inside a case `parallel.mesh.ranks_of(config)` gives the `Ranks` of a configuration. A case that raises on any rank
+fails with that rank's traceback; one that takes longer than `seconds` fails with the place at which each rank waits,
+and the workers are made anew. Every case has a process group of its own, one thread, and warnings are errors.
 
 Workers are forked from a server that has imported torch once, so eight of them cost one import. Under pytest-xdist all
 tests that ask for `pool` go to one process (`--dist loadgroup`, see conftest.py), so there is one pool.
@@ -68,10 +68,7 @@ class Pool:
             self.stop()
             failed |= {rank: f"no answer in {seconds:g} seconds; it was at\n{at}" for rank, at in hung.items()}
         if failed:
-            first = min(
-                failed, key=lambda rank: ("no answer" in failed[rank], "Connection closed" in failed[rank], rank)
-            )
-            order = [first, *(rank for rank in sorted(failed) if rank != first)]
+            order = sorted(failed, key=lambda rank: ("gloo/transport" in failed[rank], rank))  # lost the others: later
             raise RanksFailed("\n".join(f"── rank {rank} of {world}: {failed[rank]}" for rank in order))
         return [answers[rank][1] for rank in range(world)]
 
@@ -135,12 +132,9 @@ def _work(line: Connection, stack: str) -> None:
             except EOFError:
                 return
             try:
+                limit = timedelta(seconds=seconds + 60)  # the pool's own comes first: it can say where each rank waits
                 dist.init_process_group(
-                    "gloo",
-                    init_method=f"file://{store}",
-                    rank=rank,
-                    world_size=world,
-                    timeout=timedelta(seconds=seconds),
+                    "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=limit
                 )
                 answer = True, function(rank, world, *args)
                 dist.barrier()  # nobody leaves while another still waits for it
@@ -149,16 +143,3 @@ def _work(line: Connection, stack: str) -> None:
             with contextlib.suppress(Exception):
                 dist.destroy_process_group()
             line.send(answer)
-
-
-def ranks_of(config: Any) -> Any:
-    """The `Ranks` of a configuration's mesh, inside a case."""
-    import torch
-    import torch.distributed as dist
-
-    from leanseek.parallel.mesh import Ranks, divide, meshes_of
-
-    division = divide(config, dist.get_world_size())
-    if division.world == 1:
-        return Ranks()
-    return Ranks(division, dist.get_rank(), torch.device("cpu"), meshes_of(division, "cpu"))

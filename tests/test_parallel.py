@@ -1,14 +1,30 @@
 """One process against many: whatever the mesh, a run computes what the plain model computes."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
+import leanseek.train.step as step
 from leanseek.config import BadInput, Config, read_recipe
-from leanseek.parallel.mesh import Division, divide
-from tests.pool import Pool, RanksFailed, ranks_of
+from leanseek.data.loader import part_of
+from leanseek.model.moe import Router
+from leanseek.model.transformer import Transformer
+from leanseek.ops.loss import IGNORE
+from leanseek.parallel.apply import parallelize
+from leanseek.parallel.mesh import Division, Ranks, divide, lead, ranks_of
+from leanseek.parallel.parts import gathered, parts
+from leanseek.train.optim import build_optimizers, watch_logits
+from leanseek.train.schedule import Knobs
+from leanseek.train.step import train_step
+from tests.pool import Pool, RanksFailed
 from tests.tiny import RECIPE
 
 
@@ -63,7 +79,7 @@ def groups(rank: int, world: int, *overrides: str) -> dict[str, list[int]]:
     found = {axis: ranks.group(axis) for axis in axes}
     assert ranks.total(torch.tensor(rank)) == sum(range(world))
     assert ranks.any(rank == 1)
-    assert ranks.agreed(rank + 0.5) == 0.5
+    assert lead(lambda: rank + 0.5) == 0.5
     return {axis: [rank] if group is None else dist.get_process_group_ranks(group) for axis, group in found.items()}
 
 
@@ -101,3 +117,126 @@ def test_a_failing_rank_is_named_with_its_traceback(pool: Pool) -> None:
 def test_a_hanging_rank_is_named_with_where_it_hangs(pool: Pool) -> None:
     with pytest.raises(RanksFailed, match=r"(?s)rank 1 of 2: no answer in 2 seconds.*in fails"):
         pool.run(2, fails, "hangs", seconds=2)
+
+
+# ── one process against many ──────────────────────────────────────────────────────────────────────────────────────
+
+NOW = Knobs(learning_rate=0.003, batch_tokens=0, bias_speed=0.01, mtp_weight=0.3)
+STEPS = 5
+
+
+def model_of(config: Config, dtype: torch.dtype) -> Transformer:
+    """The model with weights that make the routing uneven, and biases that are not zero."""
+    model = Transformer(config.model, dtype).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    model.initialise(0.1, generator)
+    for router in model.routers().values():
+        bias = router.e_score_correction_bias
+        assert bias is not None
+        bias.copy_(torch.empty(len(bias), dtype=torch.float64).normal_(0.0, 0.05, generator=generator))
+    return model
+
+
+def rows_of(step: int, rows: int, packed: bool) -> list[Tensor | None]:
+    """ids, targets, positions, segments [rows, 16]: some targets missing, unevenly over the rows."""
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(0, 320, (rows, 17), generator=generator)
+    ids, targets = tokens[:, :-1], tokens[:, 1:].clone()
+    targets[torch.rand(targets.shape, generator=generator) < torch.linspace(0, 0.6, rows)[:, None]] = IGNORE
+    if not packed:
+        return [ids, targets, None, None]
+    cut = torch.randint(3, 13, (rows, 1), generator=generator)
+    place = torch.arange(16).expand(rows, -1)
+    second = place >= cut
+    targets[(place == cut - 1)] = IGNORE  # the last of a sample has no target
+    return [ids, targets, torch.where(second, place - cut, place), 1 + second.long()]
+
+
+Learnt = tuple[list[tuple[float, float, float, float]], list[list[list[int]]], dict[str, Any]]
+
+
+def learn(rank: int, world: int, overrides: tuple[str, ...], rows: int, packed: bool, dtype: torch.dtype) -> Learnt:
+    """A few steps: the losses of each, the tokens of each expert at each, and the weights, on the first rank."""
+    config = config_of(*overrides)
+    ranks = ranks_of(config)
+    model = parallelize(model_of(config, dtype), config, ranks)
+    optimizers = build_optimizers(model, config.optimizer, ranks)
+    if config.optimizer.qk_clip is not None:
+        watch_logits(model)
+    told, loads = [], []
+    with watched_loads(loads):
+        for step in range(STEPS):
+            batch = [
+                None if whole is None else whole[part_of(0, rows, ranks.place["dp"], ranks.division.dp)]
+                for whole in rows_of(step, rows, packed)
+            ]
+            ids, targets, positions, segments = batch
+            assert ids is not None
+            assert targets is not None
+            result = train_step(model, optimizers, ids, targets, NOW, config, positions, segments, ranks)
+            told.append((result.loss, result.mtp_loss, result.balance_loss, result.grad_norm))
+    state = model.state_dict()
+    whole = gathered(state, parts(model, ranks), dict.fromkeys(state, 0), ranks)
+    return told, loads, {name: tensor.numpy() for name, tensor in whole.items()} if rank == 0 else {}
+
+
+@contextmanager
+def watched_loads(loads: list[list[list[int]]]) -> Iterator[None]:
+    """Notes the global load of every router at every step."""
+    before = step.load_of_all
+
+    def watch(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], float]:
+        found, balance = before(routers, ranks)
+        loads.append([load.tolist() for load in found])
+        return found, balance
+
+    step.load_of_all = watch
+    try:
+        yield
+    finally:
+        step.load_of_all = before
+
+
+def differs(many: Learnt, one: Learnt, losses: float, weights: float) -> str | None:
+    """The first thing in which a run on many ranks is not what one process computes, or None."""
+    for number, (a, b) in enumerate(zip(many[0], one[0], strict=True)):
+        if not np.allclose(a, b, rtol=losses, atol=losses):
+            return f"losses of step {number}: {a}, {b}"
+    if many[1] != one[1]:
+        return "the counts of experts"
+    for name, wanted in one[2].items():
+        if name.endswith("e_score_correction_bias"):
+            if (many[2][name] != wanted).any():
+                return f"{name}: the bias itself"
+        elif (far := np.abs(many[2][name] - wanted).max()) > weights:
+            return f"{name}: off by {far:.3g}"
+    return None
+
+
+@cache
+def alone(overrides: tuple[str, ...], rows: int, packed: bool, dtype: torch.dtype) -> Learnt:
+    plain = tuple(override for override in overrides if not override.startswith("mesh."))
+    return learn(0, 1, plain, rows, packed, dtype)
+
+
+def held_against_one(
+    pool: Pool, world: int, *overrides: str, rows: int = 7, packed: bool = False, dtype: torch.dtype = torch.float64
+) -> None:
+    many = pool.run(world, learn, overrides, rows, packed, dtype)
+    tolerance = (1e-10, 1e-8) if dtype == torch.float64 else (1e-4, 1e-3)
+    assert differs(many[0], alone(overrides, rows, packed, dtype), *tolerance) is None
+    assert all(told == many[0][0] for told, _, _ in many[1:])  # every rank says the same
+
+
+ADAMW = "optimizer.name=adamw"
+QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+    "dp": (2, (ADAMW, "train.micro_batch=2"), {}),
+    "ep": (2, (ADAMW, "mesh.ep=2"), {}),
+    "dp × ep": (4, (ADAMW, "mesh.ep=2", "train.micro_batch=2"), {}),
+}
+
+
+@pytest.mark.parametrize("case", QUICK)
+def test_many_ranks_compute_what_one_computes(pool: Pool, case: str) -> None:
+    world, overrides, more = QUICK[case]
+    held_against_one(pool, world, *overrides, **more)

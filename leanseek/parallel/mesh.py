@@ -17,10 +17,11 @@ and every sum is what it was.
 import itertools
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from leanseek.config import BadInput, Config
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -177,14 +180,6 @@ class Ranks:
         """Whether any rank says yes: what all then act on."""
         return bool(self.largest(torch.tensor(int(answer), device=self.device)))
 
-    def agreed(self, value: float) -> float:
-        """The first rank's value, on all of them."""
-        if not self.meshes:
-            return value
-        told = torch.tensor(value, dtype=torch.float64)
-        dist.broadcast(told, src=0)
-        return told.item()
-
     def wait(self) -> None:
         """Until all ranks are here."""
         if self.meshes:
@@ -228,28 +223,53 @@ def meshes_of(division: Division, device_type: str) -> dict[str, DeviceMesh]:
     }
 
 
-def processes() -> int:
-    """How many processes torchrun started for this command, 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+# ── the processes ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @contextmanager
-def open_ranks(config: Config) -> Iterator[Ranks]:
-    """Joins the processes that torchrun started, for as long as the block runs; one process has nothing to join.
+def joined(timeout: float) -> Iterator[None]:
+    """Joins the processes that torchrun started for this command, for as long as the block runs; one has none to join.
 
-    `config.train.device` must be settled. Raises BadInput for an impossible division.
+    A collective that takes longer than `timeout` seconds raises.
     """
-    division = divide(config, processes())
-    device = torch.device(config.train.device)
-    if division.world == 1:
-        yield replace(ALONE, device=device)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=config.mesh.timeout))
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     try:
-        yield Ranks(division, dist.get_rank(), device, meshes_of(division, device.type))
+        yield
     finally:
         dist.destroy_process_group()
+
+
+def ranks_of(config: Config) -> Ranks:
+    """The ranks of a run among the joined processes; `config.train.device` is settled. Raises BadInput."""
+    joined = dist.is_initialized()
+    division = divide(config, dist.get_world_size() if joined else 1)
+    device = torch.device(config.train.device)
+    if not joined or division.world == 1:
+        return Ranks(device=device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Ranks(division, dist.get_rank(), device, meshes_of(division, device.type))
+
+
+def lead(work: Callable[[], T]) -> T:
+    """What the first process makes of `work`, which it does alone: its answer, BadInput or OSError is everybody's."""
+    if not dist.is_initialized():
+        return work()
+    told: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            told = [work(), None]
+        except (BadInput, OSError) as error:
+            told = [None, error]
+    dist.broadcast_object_list(told, src=0)
+    if told[1] is not None:
+        raise told[1]
+    answer: T = told[0]
+    return answer

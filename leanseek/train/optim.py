@@ -17,13 +17,15 @@ from torch.optim import AdamW, Optimizer
 from leanseek.config import OptimizerConfig
 from leanseek.model.mla import MLA
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import ALONE, Ranks
+from leanseek.parallel.parts import scale_rows
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: takes singular values near 1 in five steps
 VALUES_AT_ONCE = 1 << 19  # of the matrices that a CPU orthogonalises together
 ADAM_RMS = 0.2  # the root mean square of a typical AdamW update (Liu et al., "Muon is scalable")
 
 
-def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimizer]:
+def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks = ALONE) -> list[Optimizer]:
     """The optimizers that together hold every parameter once. Tensors of two or more dims decay, the others do not."""
     single: list[nn.Parameter] = []
     stacked: list[nn.Parameter] = []
@@ -131,21 +133,23 @@ def watch_logits(model: Transformer) -> None:
 
 
 @torch.no_grad()
-def qk_clip(model: Transformer, threshold: float) -> float:
+def qk_clip(model: Transformer, threshold: float, ranks: Ranks = ALONE) -> float:
     """Shrinks each head whose largest logit passed the threshold, so that it would just have reached it.
 
     The factor is shared evenly between query and key where a head owns both; the rotary key belongs to all heads, so
-    there the query bears it alone. Returns the largest logit seen.
+    there the query bears it alone. Returns the largest logit seen by the ranks of a batch.
     """
     largest = 0.0
     for layer in _attention(model):
         assert layer.largest_logits is not None
-        factor = (threshold / layer.largest_logits.clamp(min=threshold))[:, None, None]  # [H, 1, 1]
-        query = (layer.q_b_proj if layer.compresses_queries else layer.q_proj).weight.unflatten(0, (layer.heads, -1))
-        query[:, : layer.qk_nope_head_dim] *= factor.sqrt()
-        query[:, layer.qk_nope_head_dim :] *= factor
-        layer.kv_b_proj.weight.unflatten(0, (layer.heads, -1))[:, : layer.qk_nope_head_dim] *= factor.sqrt()
-        largest = max(largest, layer.largest_logits.max().item())
+        logits = ranks.largest(layer.largest_logits, "batch")
+        factor = (threshold / logits.clamp(min=threshold))[:, None]  # [H, 1]
+        nope, rope, value = layer.qk_nope_head_dim, layer.qk_rope_head_dim, layer.v_head_dim
+        query = (layer.q_b_proj if layer.compresses_queries else layer.q_proj).weight
+        scale_rows(query, torch.cat((factor.sqrt().expand(-1, nope), factor.expand(-1, rope)), dim=1).flatten())
+        key = torch.cat((factor.sqrt().expand(-1, nope), torch.ones_like(factor).expand(-1, value)), dim=1)
+        scale_rows(layer.kv_b_proj.weight, key.flatten())
+        largest = max(largest, logits.max().item())
     return largest
 
 

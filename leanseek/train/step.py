@@ -1,7 +1,8 @@
-"""One optimizer step (report §2, §4.2): losses, gradients, clipping, update, and the bias update after it.
+"""One optimizer step (report §2, §4.2): the gradients of a batch, then the update and the bias update after it.
 
-Every loss is a sum divided once by its count over the whole global batch, so that accumulation over micro-batches
-changes nothing. B sequences in the batch · b in a micro-batch · T tokens in a sequence.
+Every loss is a sum divided once by its count over the whole batch, that of all ranks, so that neither accumulation over
+micro-batches nor the number of ranks changes anything. B sequences of the batch on this rank · b in a micro-batch · T
+tokens in a sequence.
 
 Where samples are packed that may not see each other, `segments` says whose each token is and `positions` where in it; a
 target is then of the same sample as the token at its place.
@@ -9,15 +10,19 @@ target is then of the same sample as the token at its place.
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek.config import Config
-from leanseek.model.moe import max_violation, updated_bias
+from leanseek.model.moe import Router, max_violation, updated_bias
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
+from leanseek.parallel.apply import before_micro_batch
+from leanseek.parallel.mesh import ALONE, Ranks
+from leanseek.parallel.parts import local, norm_of
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
 from leanseek.train.schedule import Knobs
 
@@ -32,6 +37,26 @@ class StepResult:
     finite: bool  # a step with a non-finite loss or gradient leaves the model as it was
 
 
+class Gradients(Protocol):
+    """Leaves in `.grad` the gradients of the whole batch, this rank's part of them; returns its losses, as `StepResult`
+    has them: of the main model, then of each MTP depth, the same on all ranks.
+
+    Of the batch a rank is handed the rows of its dp, ids, targets, positions and segments [B, T], B perhaps 0.
+    """
+
+    def __call__(
+        self,
+        model: Transformer,
+        ids: Tensor,
+        targets: Tensor,
+        knobs: Knobs,
+        config: Config,
+        positions: Tensor | None,
+        segments: Tensor | None,
+        ranks: Ranks,
+    ) -> list[float]: ...
+
+
 def train_step(
     model: Transformer,
     optimizers: list[Optimizer],
@@ -41,46 +66,91 @@ def train_step(
     config: Config,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
+    ranks: Ranks = ALONE,
 ) -> StepResult:
-    """ids, targets, positions, segments [B, T] of the whole batch; updates the model unless a value is not finite."""
+    """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite."""
     model.train()
-    routers = model.routers().values()
-    depths = len(model.mtp)
-    valid = [int((targets_of_depth(targets, segments, k) != IGNORE).sum()) for k in range(depths + 1)]
-    counts = [max(count, 1) for count in valid]  # a depth that no document reaches adds nothing
-    for router in routers:
-        router.balance_weight.fill_(config.train.balance_loss_alpha / ids.shape[0])
-    sums = torch.zeros(depths + 1, dtype=torch.float64)
-    for first in range(0, ids.shape[0], config.train.micro_batch):
-        rows = slice(first, first + config.train.micro_batch)
-        packed = (None if tensor is None else tensor[rows] for tensor in (positions, segments))
-        losses = loss_sums(model, ids[rows], targets[rows], *packed)
-        sums += torch.stack(losses).detach().cpu()
+    losses = gradients(model, ids, targets, knobs, config, positions, segments, ranks)
+    return update(model, optimizers, losses, knobs, config, ranks)
+
+
+def gradients(
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    knobs: Knobs,
+    config: Config,
+    positions: Tensor | None,
+    segments: Tensor | None,
+    ranks: Ranks,
+) -> list[float]:
+    """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks."""
+    depths, micro_batch = len(model.mtp), config.train.micro_batch
+    counts = valid_targets(targets, segments, depths, ranks)
+    rows = torch.tensor(ids.shape[0], device=ids.device)
+    micro_batches = -(-int(ranks.largest(rows.clone(), "batch")) // micro_batch)
+    balance_sequences(model, int(ranks.total(rows, "dp")), config)
+    sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
+    for number in range(micro_batches):
+        mine = slice(number * micro_batch, (number + 1) * micro_batch)
+        packed = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
+        before_micro_batch(model, number == micro_batches - 1, config)
+        losses = loss_sums(model, ids[mine], targets[mine], *packed)
+        sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    loss, *further = (sums / torch.tensor(counts)).tolist()
+    losses_of_all: list[float] = (ranks.total(sums, "batch").cpu() / torch.tensor(counts)).tolist()
+    return losses_of_all
+
+
+def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
+    """How many targets the whole batch has for the main model and each MTP depth; 1 where there is none."""
+    found = [(targets_of_depth(targets, segments, k) != IGNORE).sum() for k in range(depths + 1)]
+    counts: list[int] = ranks.total(torch.stack(found), "batch").clamp(min=1).tolist()
+    return counts
+
+
+def balance_sequences(model: Transformer, sequences: int, config: Config) -> None:
+    """Weighs the balance loss of a sequence, of so many in the whole batch."""
+    for router in model.routers().values():
+        router.balance_weight.fill_(config.train.balance_loss_alpha / max(sequences, 1))
+
+
+def update(
+    model: Transformer,
+    optimizers: list[Optimizer],
+    losses: list[float],
+    knobs: Knobs,
+    config: Config,
+    ranks: Ranks,
+) -> StepResult:
+    """What the gradients and the load of the whole batch do to the model; both are forgotten then."""
+    routers = list(model.routers().values())
+    loads, balance = load_of_all(routers, ranks)
+    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = norm_of(grads, ranks)
+    loss, *further = losses
     finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
     if finite:
-        torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
+        scale = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1)
+        for grad in grads:
+            local(grad).mul_(scale)
         set_learning_rate(optimizers, knobs.learning_rate)
         for optimizer in optimizers:
             optimizer.step()
-        for router in routers:
+        for router, load in zip(routers, loads, strict=True):
             if router.e_score_correction_bias is not None:
-                bias = updated_bias(
-                    router.e_score_correction_bias, router.load, knobs.bias_speed, config.train.bias_centred
-                )
+                bias = updated_bias(router.e_score_correction_bias, load, knobs.bias_speed, config.train.bias_centred)
                 router.e_score_correction_bias.copy_(bias)
         if config.optimizer.qk_clip is not None:
-            qk_clip(model, config.optimizer.qk_clip)
+            qk_clip(model, config.optimizer.qk_clip, ranks)
+    violation = torch.tensor(max((max_violation(load) for load in loads), default=0.0), device=norm.device)
     result = StepResult(
         loss=loss,
-        mtp_loss=sum(further) / max(depths, 1),
-        balance_loss=sum(router.balance_loss.item() for router in routers),
+        mtp_loss=sum(further) / max(len(further), 1),
+        balance_loss=balance,
         grad_norm=norm.item(),
-        max_violation=max((max_violation(router.load) for router in routers), default=0.0),
+        max_violation=ranks.largest(violation, "pp").item(),
         finite=finite,
     )
     for router in routers:
@@ -90,6 +160,16 @@ def train_step(
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     return result
+
+
+def load_of_all(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], float]:
+    """The tokens [E] that each router of this rank's layers sent to each expert in the whole batch, and the balance
+    loss of all layers."""
+    if not routers:
+        return [], ranks.total(torch.zeros((), device=ranks.device), "pp").item()
+    loads = ranks.total(torch.stack([router.load for router in routers]), "batch")
+    balance = ranks.total(torch.stack([router.balance_loss for router in routers]).sum(), "batch")
+    return list(loads), ranks.total(balance, "pp").item()
 
 
 def loss_sums(

@@ -1,0 +1,136 @@
+"""From a plain Transformer to one that many ranks compute together, by functions applied from outside, in this order:
+
+1. experts are spread over ep, and their dispatcher brings the tokens to them (`parallel.expert`);
+2. what is to be recomputed backward is marked;
+3. FSDP shares weights, gradients and optimizer states, block by block.
+
+The model stays the one-device code it was, and with one rank it is returned as it is.
+
+**Precision.** Masters rest in FP32, gradients are added up over ranks in FP32, and the weights are gathered in FP32
+too: the model casts them where it uses them, so that router and norms see the masters as in one process. **Gradients**
+are sums: every loss is divided by its count over the whole batch before it is differentiated, so nothing here divides
+by a number of ranks.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from leanseek.config import Config
+from leanseek.model.block import Block
+from leanseek.model.mla import MLA
+from leanseek.model.moe import Experts, MoE
+from leanseek.model.transformer import Transformer
+from leanseek.parallel.expert import Traffic, spread_experts
+from leanseek.parallel.mesh import Ranks
+
+
+def parallelize(model: Transformer, config: Config, ranks: Ranks) -> Transformer:
+    """The model, changed in place to be this rank's part; it may be a stage already, without the other layers."""
+    if ranks.division.ep > 1:
+        traffic = Traffic()
+        for module in list(model.modules()):
+            if isinstance(module, MoE):
+                spread_experts(module, ranks, traffic, config.mesh.most_load)
+    recompute(model, config.train.recompute)
+    _share_states(model, config, ranks)
+    return model
+
+
+# ── FSDP ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _share_states(model: Transformer, config: Config, ranks: Ranks) -> None:
+    d = ranks.division
+    if d.dp * d.cp == 1:
+        return
+    dense, experts = ranks.meshes["dense"], ranks.meshes["experts"]
+    over = dense["shard"] if d.replicate == 1 else dense["replicate", "shard"]
+    over_copies = experts["copies"] if d.replicate == 1 else experts["experts_replicate", "copies"]
+    # The schedules that run a stage's halves apart gather once per step: PyTorch resharding between is silently wrong.
+    gathers_again = config.mesh.shards == "all" and config.mesh.schedule not in ("ZBV", "DualPipeV")
+    for module in list(model.modules()):
+        if isinstance(module, Experts) and d.ep > 1:
+            fully_shard(module, mesh=over_copies, reshard_after_forward=gathers_again)
+    for block in (*model.layers.values(), *model.mtp.values()):
+        fully_shard(block, mesh=over, reshard_after_forward=gathers_again)
+    # Embedding and head are used by the MTP modules once more, after the model's own forward pass is over.
+    fully_shard(model, mesh=over, reshard_after_forward=False)
+    for unit in _units(model):
+        unit.set_gradient_divide_factor(1.0)
+        unit.set_force_sum_reduction_for_comms(True)
+
+
+def before_micro_batch(model: nn.Module, last: bool, config: Config) -> None:
+    """Has gradients added up over ranks in the `last` micro-batch of a step only.
+
+    Under `mesh.shards` = "states" the gathered weights stay from one micro-batch to the next, too.
+    """
+    for unit in _units(model):
+        unit.set_requires_gradient_sync(last, recurse=False)
+        if config.mesh.shards == "states":
+            unit.set_reshard_after_backward(last, recurse=False)
+
+
+def forget_gathered(model: nn.Module) -> None:
+    """Lets go of gathered weights that no backward pass will free, before the weights change."""
+    for unit in _units(model):
+        unit.reshard()
+
+
+def _units(model: nn.Module) -> list[FSDPModule]:
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+# ── recomputation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def recompute(model: Transformer, what: Literal["none", "selective", "full"]) -> None:
+    """Marks every block: `full` keeps its input only; `selective`, as V3 (report §3.2.3), all matrix products but
+    MLA's up-projections, so that these, the norms and SwiGLU are computed again.
+
+    Either way routing runs once: its result is kept, and tokens are not counted twice.
+    """
+    if what == "none":
+        return
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        policy = _routing_only if what == "full" else partial(_as_v3, _up_projections(block.self_attn))
+        contexts = partial(create_selective_checkpoint_contexts, policy)
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]
+
+
+_aten, _collectives = torch.ops.aten, torch.ops._c10d_functional
+_PRODUCTS = {
+    _aten.mm.default,
+    _aten.addmm.default,
+    _aten.bmm.default,
+    _aten.baddbmm.default,
+    _aten._grouped_mm.default,
+    _aten._softmax.default,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default,
+    _aten._scaled_dot_product_flash_attention.default,
+    _aten._scaled_dot_product_efficient_attention.default,
+    _aten._scaled_dot_product_cudnn_attention.default,
+}
+_TRAVEL = {_collectives.all_to_all_single.default, _collectives.wait_tensor.default}
+_ROUTING = torch.ops.leanseek.route.default
+
+
+def _routing_only(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation == _ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _as_v3(up: set[tuple[int, ...]], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    again = operation == _aten.mm.default and tuple(args[1].shape) in up
+    kept = operation == _ROUTING or operation in _TRAVEL or (operation in _PRODUCTS and not again)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _up_projections(attention: MLA) -> set[tuple[int, ...]]:
+    """The shapes [in, out] by which MLA's up-projections are told from other products."""
+    up = [attention.kv_b_proj, *([attention.q_b_proj] if attention.compresses_queries else [])]
+    return {(linear.weight.shape[1], linear.weight.shape[0]) for linear in up}
