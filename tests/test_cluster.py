@@ -8,117 +8,114 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from leanseek.config import Config, read_recipe
 from leanseek.hub import export_release, import_release
-from leanseek.model.transformer import Transformer
-from leanseek.ops.loss import linear_cross_entropy
-from leanseek.parallel.context import Context, cut_rows
-from leanseek.parallel.tensor import cut_matrices, joined
+from leanseek.parallel import apply, context, tensor
+from leanseek.parallel.context import Context
+from leanseek.parallel.mesh import ranks_of
+from leanseek.parallel.tensor import joined
 from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
-from tests.pool import Pool, ranks_of
-from tests.runs import make_run, tokenizer
-from tests.runs import model_of as served_model
-from tests.tiny import RECIPE
+from tests import test_parallel
+from tests.pool import Pool
+from tests.runs import make_run, model_of, tokenizer
+from tests.test_parallel import ADAMW, Learnt, alone, config_of, differs, held_against_one, learn
 
-LENGTH = 32
+# ── rows cut over ranks ───────────────────────────────────────────────────────────────────────────────────────────
 
-
-def config_of(*overrides: str) -> Config:
-    return read_recipe(str(RECIPE), ("train.dtype=fp32", "train.device=cpu", *overrides))
-
-
-def model_of(config: Config) -> Transformer:
-    """Unit-scale activations, random norms and non-zero biases, in FP64: at initialisation almost any fault passes."""
-    model = Transformer(config.model, torch.float64).double()
-    generator = torch.Generator().manual_seed(5)
-    model.initialise(0.2, generator)
-    with torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            if "norm" in name:
-                tensor.uniform_(0.5, 1.5, generator=generator)
-            elif name.endswith("bias"):
-                tensor.uniform_(-0.1, 0.1, generator=generator)
-    return model.train()
+CUT: dict[str, tuple[int, tuple[str, ...]]] = {
+    "cp 2": (2, ("mesh.cp=2",)),
+    "cp 4, two MTP modules": (4, ("mesh.cp=4", "model.num_nextn_predict_layers=2")),
+    "cp × dp, accumulated": (4, ("mesh.cp=2", "train.micro_batch=2")),
+}
 
 
-def rows_of(config: Config) -> Tensor:
-    return torch.randint(config.model.vocab_size, (3, LENGTH + 1), generator=torch.Generator().manual_seed(6))
+@pytest.mark.parametrize("case", CUT)
+def test_rows_cut_over_ranks(pool: Pool, case: str) -> None:
+    world, overrides = CUT[case]
+    held_against_one(pool, world, ADAMW, *overrides)
 
 
-def learn(model: Transformer, rows: Tensor, context: Context | None) -> dict[str, Any]:
-    """Loss sums, gradients, loads and balance losses of a batch, or of this rank's share of it."""
-    ids, targets = rows[:, :-1], rows[:, 1:]
-    positions = torch.arange(LENGTH).expand_as(ids)
-    for router in model.routers().values():
-        router.balance_weight = torch.tensor(0.3, dtype=torch.float64)
-    depths = range(1, len(model.mtp) + 1)
-    if context is None:
-        hidden = model(ids, positions)
-        further = model.predict_further(hidden, ids, positions)
-    else:
-        where = context.take(positions)
-        hidden = model(context.take(ids), where, cache=[context] * len(model.layers))
-        further = model.predict_further(hidden, [context.take(ids[:, k:]) for k in depths], where, cache=context)
-    losses = []
-    for k, state in enumerate([hidden, *further]):
-        wanted = targets[:, k:] if context is None else context.take(targets[:, k:])
-        losses.append(linear_cross_entropy(state.flatten(0, 1), model.lm_head.weight, wanted.flatten()))  # type: ignore[union-attr]
-    torch.stack(losses).sum().backward()
-    return {
-        "losses": torch.stack(losses).detach().numpy(),
-        "balance": [router.balance_loss.numpy() for router in model.routers().values()],
-        "loads": [router.load.numpy() for router in model.routers().values()],
-        "gradients": {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None},
-    }
+LONG = {
+    "cp 4": (4, ("mesh.cp=4", "train.micro_batch=3")),
+    "cp × ep": (4, ("mesh.cp=4", "mesh.ep=4")),
+    "cp × ep × dp": (8, ("mesh.cp=4", "mesh.ep=2", "train.micro_batch=2")),
+    "cp × ep, replicated, Muon": (4, ("mesh.cp=2", "mesh.replicate=2", "mesh.ep=2", "optimizer.name=muon")),
+    "cp, all recomputed": (2, ("mesh.cp=2", "train.recompute=full")),
+    "cp, recomputed as V3 does": (2, ("mesh.cp=2", "train.recompute=selective")),
+}
 
 
-OVERRIDES = ("model.num_nextn_predict_layers=2", "model.num_attention_heads=4")
+@pytest.mark.slow
+@pytest.mark.parametrize("case", LONG)
+def test_rows_cut_over_ranks_on_many_meshes(pool: Pool, case: str) -> None:
+    world, overrides = LONG[case]
+    held_against_one(pool, world, ADAMW, *overrides)
 
 
-def in_context(rank: int, world: int) -> dict[str, Any]:
-    config = config_of(*OVERRIDES)
-    group = dist.group.WORLD
-    assert group is not None
-    return learn(cut_rows(model_of(config), group), rows_of(config), Context(LENGTH, group))
+def gathers_for_itself(context: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    return grad[dist.get_rank(context.group)], None, None
 
 
-def test_context(pool: Pool) -> None:
-    config = config_of(*OVERRIDES)
-    whole = learn(model_of(config), rows_of(config), None)
+def without_order(self: Context, length: int, group: dist.ProcessGroup) -> None:
+    WHOLE(self, length, group)
+    self.place = torch.arange(length)
+
+
+WHOLE = Context.__init__
+FAULTS = {
+    "balance loss of a rank's own tokens": (apply, "cut_rows", lambda model, group: model),
+    "tokens in the order of the ranks": (Context, "__init__", without_order),
+    "no gradient from the other ranks": (context._Gather, "backward", staticmethod(gathers_for_itself)),
+}
+
+
+def faulty(rank: int, world: int, fault: str, *how: Any) -> Learnt:
+    """`learn` with a fault planted."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(*FAULTS[fault])
+        return learn(rank, world, *how)
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_in_cutting_rows_is_seen(pool: Pool, fault: str) -> None:
+    how = (ADAMW, "mesh.cp=2"), 7, False, torch.float64
+    many, one = pool.run(2, faulty, fault, *how), alone(*how)
+    assert differs(many[0], one, 1e-10, 1e-8) is not None
+
+
+# ── matrices cut over ranks ───────────────────────────────────────────────────────────────────────────────────────
+
+HEADS = "model.num_attention_heads=4"
+
+
+def learn_cut(rank: int, world: int, rows: int, fault: bool = False) -> Learnt:
+    """`learn`, of matrices that are cut over all ranks; the weights are this rank's shares."""
+    shares: dict[str, Tensor] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_parallel, "gathered", lambda state, *rest: shares.update(state) or {})
+        if fault:
+            patch.setattr(tensor._Spread, "backward", staticmethod(lambda context, grad: (grad, None)))
+        told, loads, _ = learn(rank, world, (ADAMW, HEADS, f"mesh.tp={world}"), rows, False, torch.float64)
+    return told, loads, {name: share.detach().numpy() for name, share in shares.items()}
+
+
+def test_matrices_cut_over_ranks(pool: Pool) -> None:
     for world in (2, 4):
-        found = pool.run(world, in_context)
-        total = lambda pick: sum(pick(each) for each in found)  # noqa: E731, B023
-        assert abs(total(lambda f: f["losses"]) - whole["losses"]).max() < 1e-10
-        for i, load in enumerate(whole["loads"]):
-            assert (total(lambda f, i=i: f["loads"][i]) == load).all()
-            assert abs(total(lambda f, i=i: f["balance"][i]) - whole["balance"][i]).max() < 1e-12
-        for name, gradient in whole["gradients"].items():
-            assert abs(total(lambda f, n=name: f["gradients"][n]) - gradient).max() < 1e-9 * max(
-                1, abs(gradient).max()
-            ), name
+        many = pool.run(world, learn_cut, 7)
+        one = alone((ADAMW, HEADS), 7, False, torch.float64)
+        assert differs(joined_weights(many), one, 1e-10, 1e-8) is None
 
 
-def in_tensor(rank: int, world: int) -> dict[str, Any]:
-    config = config_of(*OVERRIDES)
-    group = dist.group.WORLD
-    assert group is not None
-    return learn(cut_matrices(model_of(config), group), rows_of(config), None)
+def test_a_fault_in_cutting_matrices_is_seen(pool: Pool) -> None:
+    many = pool.run(2, learn_cut, 7, True)
+    assert differs(joined_weights(many), alone((ADAMW, HEADS), 7, False, torch.float64), 1e-10, 1e-8) is not None
 
 
-def test_tensor(pool: Pool) -> None:
-    config = config_of(*OVERRIDES)
-    whole = learn(model_of(config), rows_of(config), None)
-    for world in (2, 4):
-        found = pool.run(world, in_tensor)
-        for f in found:
-            assert abs(f["losses"] - whole["losses"]).max() < 1e-10
-            for i, load in enumerate(whole["loads"]):
-                assert (f["loads"][i] == load).all()
-                assert abs(f["balance"][i] - whole["balance"][i]).max() < 1e-12
-        for name, gradient in whole["gradients"].items():
-            ours = joined(name, [torch.from_numpy(f["gradients"][name]) for f in found]).numpy()
-            assert abs(ours - gradient).max() < 1e-9 * max(1, abs(gradient).max()), name
+def joined_weights(many: list[Learnt]) -> Learnt:
+    """The first rank's answer, with the weights that the ranks' shares are of."""
+    names = many[0][2]
+    whole = {name: joined(name, [torch.from_numpy(each[2][name]) for each in many]).numpy() for name in names}
+    return many[0][0], many[0][1], whole
 
 
 # ── serving on several ranks ──────────────────────────────────────────────────────────────────────────────────────
@@ -138,7 +135,7 @@ def says(rank: int, world: int, run: str) -> list[list[int]]:
 def test_ranks_with_shares_of_the_weights_say_what_one_process_says(pool: Pool, tmp_path: Path, resting: str) -> None:
     vocabulary = tokenizer()
     run = make_run(
-        tmp_path / "run", served_model(vocabulary, num_attention_heads=4, num_nextn_predict_layers=1), vocabulary
+        tmp_path / "run", model_of(vocabulary, num_attention_heads=4, num_nextn_predict_layers=1), vocabulary
     )
     if resting == "fp8":
         export_release(run, tmp_path / "released", "fp8")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from leanseek.config import BadInput
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import Ranks
 
 
 def pieces_of(length: int, rank: int, ways: int) -> Tensor:
@@ -57,6 +58,12 @@ class Context:
         seen = self.place[: int(self.own[here - 1]) + 1].to(kept.device)
         row = everyone.transpose(0, 1).flatten(1, 2).index_select(1, seen)
         return row[..., : latent.shape[-1]], row[..., latent.shape[-1] :]
+
+
+def context_of(length: int, ranks: Ranks) -> Context | None:
+    """This rank's share of rows of so many tokens; None where it has them whole."""
+    group = ranks.group("cp")
+    return None if group is None else Context(length, group)
 
 
 def cut_rows(model: Transformer, group: dist.ProcessGroup) -> Transformer:

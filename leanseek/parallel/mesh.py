@@ -102,9 +102,9 @@ def wrong_with(division: Division, config: Config, world: int) -> str | None:
     stages = d.pp * {"1F1B": 1, "Interleaved1F1B": config.mesh.chunks}.get(config.mesh.schedule, 2) if d.pp > 1 else 1
     if stages > model.num_hidden_layers:
         return f"pp {d.pp} makes {stages} stages of {model.num_hidden_layers} layers"
-    odd = [stage.sequence_length for stage in config.stages if stage.sequence_length % d.cp]
+    odd = [stage.sequence_length for stage in config.stages if stage.sequence_length % (2 * d.cp) and d.cp > 1]
     if odd:
-        return f"cp {d.cp} does not divide rows of {odd[0]} tokens"
+        return f"cp {d.cp} makes no {2 * d.cp} equal pieces of rows of {odd[0]} tokens"
     return None
 
 

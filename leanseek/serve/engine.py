@@ -142,7 +142,7 @@ class Engine:
         self.speculates = speculate and self.runner.mtp is not None
         if cache_tokens is None:
             cache_tokens = _affordable(model.config, max_running, self.runner.dtype, self.device)
-            cache_tokens = int(ranks.agreed(cache_tokens))
+            cache_tokens = -int(ranks.largest(torch.tensor(-cache_tokens, device=self.device), "tp"))  # what all afford
         pages = -(-cache_tokens // PAGE)
         self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates)
         self.scheduler = Scheduler(Pages(pages, PAGE), max_running, chunk, ahead=1 if self.speculates else 0)

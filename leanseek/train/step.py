@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leanseek.config import Config
+from leanseek.config import BadInput, Config
 from leanseek.model.moe import Router, max_violation, updated_bias
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
 from leanseek.parallel.apply import before_micro_batch
+from leanseek.parallel.context import Context, context_of
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.parts import local, norm_of
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
@@ -86,16 +87,16 @@ def gradients(
 ) -> list[float]:
     """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks."""
     depths, micro_batch = len(model.mtp), config.train.micro_batch
-    counts = valid_targets(targets, segments, depths, ranks)
+    counts, context = valid_targets(targets, segments, depths, ranks), context_of(ids.shape[1], ranks)
     rows = torch.tensor(ids.shape[0], device=ids.device)
     micro_batches = -(-int(ranks.largest(rows.clone(), "batch")) // micro_batch)
     balance_sequences(model, int(ranks.total(rows, "dp")), config)
     sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
     for number in range(micro_batches):
         mine = slice(number * micro_batch, (number + 1) * micro_batch)
-        packed = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
+        where, whose = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
         before_micro_batch(model, number == micro_batches - 1, config)
-        losses = loss_sums(model, ids[mine], targets[mine], *packed)
+        losses = loss_sums(model, ids[mine], targets[mine], where, whose, context)
         sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
@@ -106,7 +107,7 @@ def gradients(
 def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
     """How many targets the whole batch has for the main model and each MTP depth; 1 where there is none."""
     found = [(targets_of_depth(targets, segments, k) != IGNORE).sum() for k in range(depths + 1)]
-    counts: list[int] = ranks.total(torch.stack(found), "batch").clamp(min=1).tolist()
+    counts: list[int] = ranks.total(torch.stack(found), "dp").clamp(min=1).tolist()
     return counts
 
 
@@ -127,13 +128,13 @@ def update(
     """What the gradients and the load of the whole batch do to the model; both are forgotten then."""
     routers = list(model.routers().values())
     loads, balance = load_of_all(routers, ranks)
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norm = norm_of(grads, ranks)
     loss, *further = losses
     finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
     if finite:
         scale = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1)
-        for grad in grads:
+        for grad in grads.values():
             local(grad).mul_(scale)
         set_learning_rate(optimizers, knobs.learning_rate)
         for optimizer in optimizers:
@@ -173,16 +174,34 @@ def load_of_all(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], floa
 
 
 def loss_sums(
-    model: Transformer, ids: Tensor, targets: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    context: Context | None = None,
 ) -> list[Tensor]:
-    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T]."""
+    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T].
+
+    With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
+    see each other.
+    """
     assert model.lm_head is not None
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    hidden = model(ids, positions, segments)
+    depths = range(len(model.mtp) + 1)
+    targets_of = [targets_of_depth(targets, segments, k) for k in depths]
+    if context is None:
+        hidden = model(ids, positions, segments)
+        further = model.predict_further(hidden, ids, positions, segments)
+    elif segments is not None:
+        raise BadInput("mesh.cp: rows of samples that may not see each other are not cut: take mesh.cp=1")
+    else:
+        targets_of, where = [context.take(each) for each in targets_of], context.take(positions)
+        hidden = model(context.take(ids), where, cache=[context] * model.config.num_hidden_layers)
+        further = model.predict_further(hidden, [context.take(ids[:, k:]) for k in depths[1:]], where, cache=context)
     losses = []
-    for k, state in enumerate([hidden, *model.predict_further(hidden, ids, positions, segments)]):
-        wanted = targets_of_depth(targets, segments, k)
+    for state, wanted in zip([hidden, *further], targets_of, strict=True):
         if segments is None:
             state, wanted = state.flatten(0, 1), wanted.flatten()
         else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
