@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Any, Literal, Protocol
 
@@ -24,9 +25,11 @@ from leanseek.config import BadInput, Config
 from leanseek.model.transformer import Transformer
 from leanseek.train.log import Log
 from leanseek.train.schedule import knobs
-from leanseek.train.step import train_step
+from leanseek.train.step import ANY, Limits, StepResult, train_step
 
 MOST_ROLLBACKS = 10
+RECENT = 64  # steps whose median a spike is held against,
+FEWEST = 16  # and how many there must be
 
 Ending = Literal["complete", "max_steps", "max_seconds", "interrupted"]
 
@@ -62,6 +65,7 @@ class Progress:
     cpu_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_windows: list[tuple[int, int, int]] = field(default_factory=list)  # stage, first sample, sample after
+    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of the newest steps
     bpb: float | None = None  # the newest validation, and the step it was made at
     bpb_step: int | None = None
 
@@ -130,16 +134,17 @@ def train(
                 None if array is None else torch.from_numpy(array).to(device)
                 for array in (batch.positions, batch.segments)
             )
-            result = train_step(model, optimizers, ids, targets, now, config, positions, segments)
+            limits = _limits(progress.recent, config.train.spike)
+            result = train_step(model, optimizers, ids, targets, now, config, positions, segments, limits=limits)
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count
             flops = ids.numel() * flops_per_token[progress.stage]
             progress.flops += flops
-            if not result.finite:
+            if not result.finite or result.spike:
                 bad.append(window)
                 progress.skipped_steps += 1
-                log.say(f"step {progress.step + 1}: loss or gradient is not finite; step skipped")
+                log.say(f"step {progress.step + 1}: {_wrong_with(result, limits)}; step skipped")
                 if len(bad) == config.train.rollback_after:
                     if len(progress.skipped_windows) >= MOST_ROLLBACKS * len(bad):
                         raise BadInput(
@@ -151,9 +156,27 @@ def train(
             bad = []
             progress.step += 1
             progress.tokens += ids.numel()
+            if config.train.spike is not None:
+                progress.recent = [*progress.recent, (result.loss, result.grad_norm)][-RECENT:]
             clock.stamp(progress)
             log.step(progress, result, now, ids.numel(), flops, time.monotonic() - begun)
     return progress, ending
+
+
+def _limits(recent: list[tuple[float, float]], spike: float | None) -> Limits:
+    """How far above the newest steps' medians a step may lie."""
+    if spike is None or len(recent) < FEWEST:
+        return ANY
+    return Limits(*(spike * median(values) for values in zip(*recent, strict=True)))
+
+
+def _wrong_with(result: StepResult, limits: Limits) -> str:
+    if not result.finite:
+        return "loss or gradient is not finite"
+    return (
+        f"a spike: loss {result.loss:.4g} where {limits.loss:.4g} is the most, gradient norm {result.grad_norm:.4g} "
+        f"where {limits.grad_norm:.4g} is"
+    )
 
 
 def _ending(
@@ -209,6 +232,7 @@ def _roll_back(
 def _progress(state: dict[str, Any]) -> Progress:
     progress = Progress(**state)
     progress.skipped_windows = [(stage, first, after) for stage, first, after in progress.skipped_windows]
+    progress.recent = [(loss, norm) for loss, norm in progress.recent]
     return progress
 
 

@@ -36,6 +36,18 @@ class StepResult:
     grad_norm: float  # before clipping
     max_violation: float  # of the least balanced layer
     finite: bool  # a step with a non-finite loss or gradient leaves the model as it was
+    spike: bool = False  # so does one beyond the limits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest loss and gradient norm that the model learns from."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+ANY = Limits()
 
 
 class Gradients(Protocol):
@@ -68,11 +80,13 @@ def train_step(
     positions: Tensor | None = None,
     segments: Tensor | None = None,
     ranks: Ranks = ALONE,
+    limits: Limits = ANY,
 ) -> StepResult:
-    """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite."""
+    """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite, or
+    beyond the limits."""
     model.train()
     losses = gradients(model, ids, targets, knobs, config, positions, segments, ranks)
-    return update(model, optimizers, losses, knobs, config, ranks)
+    return update(model, optimizers, losses, knobs, config, ranks, limits)
 
 
 def gradients(
@@ -124,6 +138,7 @@ def update(
     knobs: Knobs,
     config: Config,
     ranks: Ranks,
+    limits: Limits = ANY,
 ) -> StepResult:
     """What the gradients and the load of the whole batch do to the model; both are forgotten then."""
     routers = list(model.routers().values())
@@ -132,7 +147,8 @@ def update(
     norm = norm_of(grads, ranks)
     loss, *further = losses
     finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
-    if finite:
+    spike = finite and (loss > limits.loss or norm.item() > limits.grad_norm)
+    if finite and not spike:
         scale = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1)
         for grad in grads.values():
             local(grad).mul_(scale)
@@ -153,6 +169,7 @@ def update(
         grad_norm=norm.item(),
         max_violation=ranks.largest(violation, "pp").item(),
         finite=finite,
+        spike=spike,
     )
     for router in routers:
         router.load.zero_()
