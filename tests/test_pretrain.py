@@ -388,11 +388,11 @@ def test_training_that_never_recovers_says_so(
 def test_a_spike_is_skipped_and_one_that_nobody_guards_against_is_not(
     poison: Callable[..., None], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    poison(range(8 * 18, 8 * 19, 8), 5.0)  # step 19, when there are enough to compare it with
+    poison(range(8 * 18, 8 * 19, 8), 20.0)  # step 19, when there are enough to compare it with
     receipt = pretrain(config_of("train.spike=3"), data, tmp_path / "run")
     assert (receipt["skipped_steps"], receipt["steps"]) == (1, STEPS - 1)
     assert "step 19: a spike: loss " in capsys.readouterr().err
-    assert pretrain(config_of("train.spike=50"), data, tmp_path / "loose")["skipped_steps"] == 0
+    assert pretrain(config_of("train.spike=100"), data, tmp_path / "loose")["skipped_steps"] == 0
     assert pretrain(config_of(), data, tmp_path / "free")["skipped_steps"] == 0
 
 
