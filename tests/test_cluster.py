@@ -6,13 +6,16 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from torch import Tensor
 
+from leanseek.config import BadInput, read_recipe
 from leanseek.hub import export_release, import_release
 from leanseek.parallel import apply, context, tensor
 from leanseek.parallel.context import Context
-from leanseek.parallel.mesh import ranks_of
+from leanseek.parallel.mesh import Division, divide, ranks_of
 from leanseek.parallel.tensor import joined
+from leanseek.plan.rows import v3_layout
 from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
 from tests import test_parallel
@@ -145,3 +148,46 @@ def test_ranks_with_shares_of_the_weights_say_what_one_process_says(pool: Pool, 
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
     for world in (2, 4):
         assert pool.run(world, says, str(run)) == [alone] * world
+
+
+# ── the shipped layouts and launchers ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_v3_lies_on_2048_devices_as_the_report_and_the_planner_have_it() -> None:
+    division, theirs = divide(read_recipe("v3"), 2048), v3_layout()
+    assert division == Division(pp=16, dp=128, ep=64, node=8)
+    assert (division.pp, division.dp, division.ep, division.shard // division.ep) == (
+        theirs.pp, theirs.dp, theirs.ep, theirs.expert_dp,
+    )  # fmt: skip
+    assert division.ep // division.local == 8  # machines of an expert group
+
+
+def test_v2_and_v2_lite_lie_on_machines_of_eight() -> None:
+    assert divide(read_recipe("v2"), 128) == Division(pp=16, dp=8, ep=8, node=8)
+    assert divide(read_recipe("v2-lite"), 8) == Division(dp=8, ep=8, node=8)
+    with pytest.raises(BadInput, match=r"does not divide the 1 ranks.*mesh\.ep=1"):
+        divide(read_recipe("v2-lite"), 1)
+
+
+LAUNCH = Path(__file__).parent.parent / "launch"
+
+
+def test_kubernetes_asks_for_what_the_recipe_is_divided_over() -> None:
+    service, job = yaml.safe_load_all((LAUNCH / "kubernetes.yaml").read_text())
+    spec = job["spec"]["template"]["spec"]
+    (container,) = spec["containers"]
+    told = {each["name"]: each["value"] for each in container["env"]}
+    machines, devices = int(told["NODES"]), int(told["DEVICES"])
+    assert machines == job["spec"]["completions"] == job["spec"]["parallelism"]
+    assert devices == container["resources"]["limits"]["nvidia.com/gpu"]
+    verb, recipe, *_ = arguments = container["args"]
+    assert divide(read_recipe(recipe), machines * devices).world == machines * devices
+    assert (verb, arguments[2::2]) == ("pretrain", ["--data", "--out"])
+    # the pods' names, where they meet
+    host, _, port = told["RENDEZVOUS"].partition(":")
+    assert host == f"{job['metadata']['name']}-0.{service['metadata']['name']}"
+    assert port.isdigit()
+    assert spec["subdomain"] == service["metadata"]["name"]
+    assert service["spec"]["selector"].items() <= job["spec"]["template"]["metadata"]["labels"].items()
+    mounted = {each["mountPath"] for each in container["volumeMounts"]}
+    assert all(any(path.startswith(f"{mount}/") for mount in mounted) for path in arguments[3::2])

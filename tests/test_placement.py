@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from leanseek.config import BadInput
-from leanseek.parallel.placement import copies, device_loads, groups_per_node, place, unevenness
+from leanseek.parallel.placement import copies, device_loads, groups_per_node, place, places, unevenness
 
 PUBLISHED = [  # the README of DeepSeek's EPLB: 16 physical experts, 4 groups, 2 nodes, 8 GPUs
     (
@@ -37,6 +37,8 @@ def test_by_hand() -> None:
     assert unevenness(placed, [30, 10, 10, 10], 2) == 1
     assert unevenness([0, 1, 2, 3], [30, 10, 10, 10], 2) == pytest.approx(40 / 30)
     assert unevenness([0, 1], [0, 0], 2) == 1
+    # V3's units: 32 devices of eight experts (and one copy), 144 of two, 320 of one (report §3.4 and its sequel)
+    assert [places(256, devices) for devices in (32, 144, 320)] == [8, 2, 1]
 
 
 @given(st.lists(st.integers(0, 50), min_size=2, max_size=4), st.integers(0, 3))

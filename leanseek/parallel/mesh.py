@@ -17,18 +17,20 @@ and every sum is what it was.
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from leanseek.config import BadInput, Config
+from leanseek.config import BadInput, Config, MeshConfig
+from leanseek.parallel.watch import record_collectives, watching
 
 T = TypeVar("T")
 
@@ -239,9 +241,12 @@ def joined(timeout: float) -> Iterator[None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
+    record_collectives()
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    rank = dist.get_rank()
     try:
-        yield
+        with watching(timeout, lambda line: print(f"leanseek: rank {rank}: {line}", file=sys.stderr, flush=True)):
+            yield
     finally:
         dist.destroy_process_group()
 
@@ -256,6 +261,14 @@ def ranks_of(config: Config) -> Ranks:
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
     return Ranks(division, dist.get_rank(), device, meshes_of(division, device.type))
+
+
+def serving_ranks(config: Config) -> Ranks:
+    """All joined processes as one tp axis, for a model that one device cannot hold. Raises BadInput."""
+    mesh = MeshConfig(tp=dist.get_world_size() if dist.is_initialized() else 1)
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    train = config.train.model_copy(update={"device": device})
+    return ranks_of(config.model_copy(update={"mesh": mesh, "train": train}))
 
 
 def lead(work: Callable[[], T]) -> T:

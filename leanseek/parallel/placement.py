@@ -5,9 +5,9 @@ these carry alike. Where the nodes divide the router's groups, a group stays on 
 keeps tokens there: the hierarchical policy, for prefill on few devices. Otherwise experts may lie anywhere: the global
 policy, for decoding on many.
 
-One layer at a time, in plain numbers and without torch. The planner takes from here how many experts a device holds
-and how uneven loads can be made even. No engine of this package moves experts by it while it serves: serving across
-machines is that of the tools we export to, which take such a placement as their own input.
+One layer at a time, in plain numbers and without torch. The planner takes from here how many experts a device holds.
+No engine of this package moves experts while it serves: it is for the tools that serve across machines, and training
+needs none of it, as the router's bias keeps loads even.
 
 E experts · P physical ones, copies counted · experts on a device are P ÷ devices neighbours.
 """
@@ -35,6 +35,11 @@ def place(
         fits = groups_per_node(current, len(loads), groups, nodes) <= groups // nodes
     keeps = fits and max(device_loads(current, loads, devices)) <= max(device_loads(placed, loads, devices))
     return list(current) if keeps else placed
+
+
+def places(experts: int, devices: int) -> int:
+    """How many experts each device must hold at least, so that every one lies somewhere."""
+    return -(-experts // devices)
 
 
 def copies(placed: Sequence[int], experts: int) -> list[list[int]]:
