@@ -229,14 +229,44 @@ def held_against_one(
 
 
 ADAMW = "optimizer.name=adamw"
+TWO_HOPS = ("mesh.ep=4", "mesh.node=2")
+# mesh, what else is on, and the batch; every one with MTP, expert groups, non-zero biases and missing targets
 QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "dp": (2, (ADAMW, "train.micro_batch=2"), {}),
-    "ep": (2, (ADAMW, "mesh.ep=2"), {}),
-    "dp × ep": (4, (ADAMW, "mesh.ep=2", "train.micro_batch=2"), {}),
+    "ep": (2, (ADAMW, "mesh.ep=2"), {"packed": True}),
+    "dp × ep, Muon": (4, ("mesh.ep=2", "train.micro_batch=2", "optimizer.qk_clip=0.5"), {}),
+    "ep by node, recomputed": (4, (ADAMW, *TWO_HOPS, "train.recompute=selective"), {}),
+}
+GRID: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
+    "dp 8": (8, (ADAMW,), {}),
+    "dp 8, rows for three": (8, (ADAMW,), {"rows": 3}),
+    "dp, copies": (4, (ADAMW, "mesh.replicate=2", "train.micro_batch=1"), {}),
+    "dp, two copies of four": (8, (ADAMW, "mesh.replicate=2"), {"packed": True}),
+    "dp, nothing shared": (2, (ADAMW, "mesh.replicate=2"), {}),
+    "dp, states only": (4, (ADAMW, "mesh.shards=states", "train.micro_batch=1"), {}),
+    "ep 8": (8, (ADAMW, "mesh.ep=8"), {}),
+    "ep 8 by nodes of 4": (8, (ADAMW, "mesh.ep=8", "mesh.node=4"), {}),
+    "ep 8 by nodes of 2, rows for two": (8, (ADAMW, "mesh.ep=8", "mesh.node=2"), {"rows": 2}),
+    "ep in one node": (4, (ADAMW, "mesh.ep=4", "mesh.node=8"), {}),
+    "dp × ep 8": (8, ("mesh.ep=4", "mesh.node=2", "train.micro_batch=1"), {}),
+    "dp × ep, copies": (8, ("mesh.ep=2", "mesh.replicate=2", "optimizer.qk_clip=0.5"), {}),
+    "dp × ep, states only": (4, (ADAMW, "mesh.ep=2", "mesh.shards=states", "train.micro_batch=1"), {}),
+    "dp × ep, recomputed": (4, ("mesh.ep=2", "train.recompute=full", "train.micro_batch=2"), {"packed": True}),
+    "dp × ep, in pieces": (4, (ADAMW, "mesh.ep=2", "mesh.most_load=1.01"), {}),
+    "dp × ep, in pieces, recomputed": (4, (ADAMW, *TWO_HOPS, "mesh.most_load=1.01", "train.recompute=full"), {}),
+    "dp, Muon": (4, ("train.micro_batch=2",), {}),
+    "dp 8, Muon": (8, ("optimizer.qk_clip=0.5",), {"rows": 9}),
 }
 
 
 @pytest.mark.parametrize("case", QUICK)
 def test_many_ranks_compute_what_one_computes(pool: Pool, case: str) -> None:
     world, overrides, more = QUICK[case]
+    held_against_one(pool, world, *overrides, **more)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", GRID)
+def test_the_grid(pool: Pool, case: str) -> None:
+    world, overrides, more = GRID[case]
     held_against_one(pool, world, *overrides, **more)

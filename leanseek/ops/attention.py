@@ -39,7 +39,9 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Ten
 
 @torch.no_grad()
 def largest_logits(q: Tensor, k: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """The largest attention logit of each head over the batch, [H]; what QK-clip watches."""
+    """The largest attention logit of each head over the batch, [H], −∞ where it has no row; what QK-clip watches."""
+    if not q.shape[0]:
+        return q.new_full((q.shape[1],), -math.inf, dtype=torch.promote_types(q.dtype, torch.float32))
     return masked_scores(q, k, scale, mask).amax(dim=(0, 2, 3))
 
 

@@ -24,7 +24,7 @@ def choose(scores: Tensor, k: int, n_group: int, topk_group: int, group_top: int
     maximum, in V2. With one group there is nothing to limit.
     """
     if n_group > 1:
-        groups = scores.view(scores.shape[0], n_group, -1)  # [N, G, E/G]
+        groups = scores.unflatten(-1, (n_group, -1))  # [N, G, E/G]
         best = groups.topk(group_top, dim=-1).values.sum(dim=-1).topk(topk_group, dim=-1).indices  # [N, topk_group]
         closed = torch.ones_like(groups[..., 0], dtype=torch.bool).scatter(1, best, False)
         # Minus infinity and not zero: a biased score may be negative, and a closed group must lose even then.

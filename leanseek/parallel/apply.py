@@ -14,13 +14,17 @@ are sums: every loss is divided by its count over the whole batch before it is d
 by a number of ranks.
 """
 
+from collections import defaultdict, deque
+from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.checkpoint import checkpoint
 
 from leanseek.config import Config
 from leanseek.model.block import Block
@@ -106,10 +110,12 @@ def recompute(model: Transformer, what: Literal["none", "selective", "full"]) ->
     if what == "none":
         return
     for block in [module for module in model.modules() if isinstance(module, Block)]:
-        policy = _routing_only if what == "full" else partial(_as_v3, _up_projections(block.self_attn))
-        contexts = partial(create_selective_checkpoint_contexts, policy)
+        keeps = _routing_only if what == "full" else partial(_as_v3, _up_projections(block.self_attn))
+        contexts = partial(_contexts, keeps)
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)  # type: ignore[method-assign]
 
+
+Keeps = Callable[[Any, tuple[Any, ...]], bool]  # whether the result of an operation, with its arguments, is kept
 
 _aten, _collectives = torch.ops.aten, torch.ops._c10d_functional
 _PRODUCTS = {
@@ -128,17 +134,42 @@ _TRAVEL = {_collectives.all_to_all_single.default, _collectives.wait_tensor.defa
 _ROUTING = torch.ops.leanseek.route.default
 
 
-def _routing_only(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operation == _ROUTING else CheckpointPolicy.PREFER_RECOMPUTE
+def _routing_only(operation: Any, args: tuple[Any, ...]) -> bool:
+    return bool(operation == _ROUTING)
 
 
-def _as_v3(up: set[tuple[int, ...]], context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    again = operation == _aten.mm.default and tuple(args[1].shape) in up
-    kept = operation == _ROUTING or operation in _TRAVEL or (operation in _PRODUCTS and not again)
-    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _as_v3(up: set[tuple[int, ...]], operation: Any, args: tuple[Any, ...]) -> bool:
+    if operation == _aten.mm.default and tuple(args[1].shape) in up:
+        return False
+    return operation == _ROUTING or operation in _TRAVEL or operation in _PRODUCTS
 
 
 def _up_projections(attention: MLA) -> set[tuple[int, ...]]:
     """The shapes [in, out] by which MLA's up-projections are told from other products."""
     up = [attention.kv_b_proj, *([attention.q_b_proj] if attention.compresses_queries else [])]
     return {(linear.weight.shape[1], linear.weight.shape[0]) for linear in up}
+
+
+def _contexts(keeps: Keeps) -> tuple["_Keeping", "_Keeping"]:
+    """What a checkpointed forward pass runs under, and its repetition.
+
+    PyTorch's own pair of this kind wants every operation repeated, and FSDP gathers weights once forward and otherwise
+    backward.
+    """
+    kept: dict[Any, deque[Any]] = defaultdict(deque)
+    return _Keeping(keeps, kept, again=False), _Keeping(keeps, kept, again=True)
+
+
+class _Keeping(TorchDispatchMode):
+    def __init__(self, keeps: Keeps, kept: dict[Any, deque[Any]], again: bool) -> None:
+        super().__init__()
+        self.keeps, self.kept, self.again = keeps, kept, again
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not self.keeps(func, args):
+            return func(*args, **(kwargs or {}))
+        if self.again:
+            return self.kept[func].popleft()
+        result = func(*args, **(kwargs or {}))
+        self.kept[func].append(tree_map(lambda x: x.detach() if isinstance(x, Tensor) else x, result))
+        return result

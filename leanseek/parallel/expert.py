@@ -78,14 +78,15 @@ class _Copies(torch.autograd.Function):
 class _Sums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weights: Tensor | None, fan: Fan) -> Tensor:
-        ctx.fan = fan
-        ctx.save_for_backward(*(() if weights is None else (rows, weights)))
+        ctx.fan, ctx.weighted = fan, weights is not None
+        if weights is not None:
+            ctx.save_for_backward(rows, weights)
         return _summed(rows, fan, weights)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         spread = grad.index_select(0, ctx.fan.source)
-        if not ctx.saved_tensors:
+        if not ctx.weighted:
             return spread, None, None
         rows, weights = ctx.saved_tensors
         along = (spread * rows).sum(dim=-1)[ctx.fan.place]

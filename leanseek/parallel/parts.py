@@ -4,6 +4,7 @@ Whatever shares a tensor, expert groups or FSDP, a rank has some consecutive row
 of a tensor are on the ranks of one `shard` group: copies of the experts × ep for experts, FSDP's own for all else.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -106,6 +107,58 @@ def gathered(
                     dist.recv(rows, members[member])
             whole[name] = assembled
     return whole
+
+
+def on_one_rank_each(
+    rows: list[Tensor], heights: list[int], work: Callable[[list[Tensor]], list[Tensor]], ranks: Ranks
+) -> list[Tensor]:
+    """Work that needs whole matrices, done for each on one rank of the `shard` group: this rank's rows of the results.
+
+    rows [r of this rank, c] of matrices that are `heights` high, shared as FSDP does. `work` turns matrices into
+    others of the same shapes.
+    """
+    group = ranks.group("shard")
+    if group is None or not rows:
+        return work(rows)
+    here, members = dist.get_rank(group), dist.get_world_size(group)
+    widths = [matrix.shape[1] for matrix in rows]
+    owner = _owners([h * w * min(h, w) for h, w in zip(heights, widths, strict=True)], members)
+    order = sorted(range(len(rows)), key=lambda i: owner[i])  # as they travel, by where they go
+    mine = [i for i in order if owner[i] == here]
+
+    def size(i: int, member: int) -> int:
+        return _chunk(heights[i], members, member) * widths[i]
+
+    leaving = [sum(size(i, here) for i in order if owner[i] == to) for to in range(members)]
+    arriving = [sum(size(i, of) for i in mine) for of in range(members)]
+    came = rows[0].new_empty(sum(arriving))
+    dist.all_to_all_single(came, torch.cat([rows[i].flatten() for i in order]), arriving, leaving, group=group)
+    pieces = [list(part.split([size(i, of) for i in mine])) for of, part in enumerate(came.split(arriving))]
+    done = work([torch.cat([part[k] for part in pieces]).view(heights[i], widths[i]) for k, i in enumerate(mine)])
+    split = [
+        list(matrix.split([_chunk(heights[i], members, to) for to in range(members)]))
+        for i, matrix in zip(mine, done, strict=True)
+    ]
+    back = torch.cat([split[k][to].flatten() for to in range(members) for k in range(len(mine))]) if mine else came
+    flat = rows[0].new_empty(sum(leaving))
+    dist.all_to_all_single(flat, back, leaving, arriving, group=group)
+    results = dict(zip(order, flat.split([size(i, here) for i in order]), strict=True))
+    return [results[i].view(rows[i].shape) for i in range(len(rows))]
+
+
+def _owners(costs: list[int], members: int) -> list[int]:
+    """Who does what, the dearest first, each to whoever has least so far."""
+    load, owner = [0] * members, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owner[i] = load.index(min(load))
+        load[owner[i]] += costs[i]
+    return owner
+
+
+def _chunk(rows: int, members: int, member: int) -> int:
+    """How many of so many rows FSDP leaves a member of its group."""
+    most = -(-rows // members)
+    return max(0, min(most, rows - member * most))
 
 
 def _rows(tensor: Tensor) -> tuple[int, int]:

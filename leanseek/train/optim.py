@@ -18,7 +18,7 @@ from leanseek.config import OptimizerConfig
 from leanseek.model.mla import MLA
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks
-from leanseek.parallel.parts import scale_rows
+from leanseek.parallel.parts import local, on_one_rank_each, scale_rows
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: takes singular values near 1 in five steps
 VALUES_AT_ONCE = 1 << 19  # of the matrices that a CPU orthogonalises together
@@ -44,7 +44,7 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
     if config.name == "adamw":
         return [adamw]
     matrices: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
-    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype), adamw]
+    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype, ranks), adamw]
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -62,7 +62,9 @@ class Muon(Optimizer):
     """Momentum, orthogonalised. A parameter is a matrix [r, c] or a stack of them [n, r, c], each with its own update.
 
     `parts` of a group says how many matrices lie one above the other in a slice: 2 where gate and up are fused. `dtype`
-    is the precision of the orthogonalisation; momentum and weights keep theirs.
+    is the precision of the orthogonalisation; momentum and weights keep theirs. Of a stack each of the `ranks` has
+    whole matrices and does its own; the rows of a single matrix come together on one of them, the work of all matrices
+    spread as evenly as it can be.
     """
 
     def __init__(
@@ -72,33 +74,57 @@ class Muon(Optimizer):
         weight_decay: float,
         steps: int,
         dtype: torch.dtype = torch.float32,
+        ranks: Ranks = ALONE,
     ) -> None:
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": 1}
         super().__init__(params, defaults)
-        self.dtype = dtype
+        self.dtype, self.ranks = dtype, ranks
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        # Matrices of one shape go through one batched orthogonalisation, whichever layer they come from.
-        by_shape: dict[tuple[int, int], list[tuple[Tensor, Tensor, dict[str, Any]]]] = defaultdict(list)
+        own: list[tuple[Tensor, Tensor, dict[str, Any]]] = []  # rows of a parameter, their update, its group
+        shared: list[tuple[Tensor, Tensor, dict[str, Any]]] = []  # of matrices whose other rows are on other ranks
+        rows_of_shared: list[int] = []
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-                update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov's look ahead
-                matrices = as_matrices(p, group["parts"])
-                rows, columns = matrices.shape[1:]
-                by_shape[rows, columns].append((matrices, as_matrices(update, group["parts"]), group))
-        for (rows, columns), members in by_shape.items():
-            updates = torch.cat([update.to(self.dtype) for _, update, _ in members])
-            updates = orthogonalise(updates, members[0][2]["steps"])
-            counts = [matrices.shape[0] for matrices, _, _ in members]
-            for (matrices, _, group), update in zip(members, updates.split(counts), strict=True):
-                matrices.mul_(1 - group["lr"] * group["weight_decay"])
-                matrices.sub_(update, alpha=ADAM_RMS * math.sqrt(max(rows, columns)) * group["lr"])
+                gradient = local(p.grad)
+                buffer = local(self.state[p]["momentum_buffer"]).mul_(group["momentum"]).add_(gradient)
+                update = gradient.add(buffer, alpha=group["momentum"]).to(self.dtype)  # Nesterov's look ahead
+                if p.dim() == 2 and self.ranks.group("shard") is not None:
+                    shared.append((local(p), update, group))
+                    rows_of_shared.append(p.shape[0])
+                else:
+                    own.append((as_matrices(local(p), group["parts"]), as_matrices(update, group["parts"]), group))
+        updates = self._orthogonal([update for _, update, _ in own])
+        updates += on_one_rank_each(
+            [update for _, update, _ in shared],
+            rows_of_shared,
+            lambda whole: [update[0] for update in self._orthogonal([matrix[None] for matrix in whole])],
+            self.ranks,
+        )
+        scales = [ADAM_RMS * math.sqrt(max(matrices.shape[1:])) for matrices, _, _ in own]
+        scales += [
+            ADAM_RMS * math.sqrt(max(rows, part.shape[1]))
+            for rows, (part, _, _) in zip(rows_of_shared, shared, strict=True)
+        ]
+        for (weights, _, group), update, scale in zip(own + shared, updates, scales, strict=True):
+            weights.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale * group["lr"])
+
+    def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
+        """Stacks of matrices [n, r, c]; those of one shape go through one batched orthogonalisation."""
+        by_shape: dict[torch.Size, list[int]] = defaultdict(list)
+        for i, stack in enumerate(stacks):
+            by_shape[stack.shape[1:]].append(i)
+        updates = list(stacks)
+        for members in by_shape.values():
+            done = orthogonalise(torch.cat([stacks[i] for i in members]), self.defaults["steps"])
+            for i, update in zip(members, done.split([stacks[i].shape[0] for i in members]), strict=True):
+                updates[i] = update
+        return updates
 
 
 def as_matrices(p: Tensor, parts: int) -> Tensor:
@@ -113,7 +139,7 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ
     tall = x.shape[-2] > x.shape[-1]
-    at_once = max(1, VALUES_AT_ONCE // x[0].numel()) if x.device.type == "cpu" else x.shape[0]
+    at_once = max(1, VALUES_AT_ONCE // x.shape[1:].numel()) if x.device.type == "cpu" else x.shape[0]
     out = torch.empty_like(x)
     for piece, result in zip(x.split(at_once), out.split(at_once), strict=True):
         m = (piece.mT if tall else piece).contiguous()
@@ -129,7 +155,8 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
 def watch_logits(model: Transformer) -> None:
     """Has every attention layer record the largest logit of each head, for `qk_clip`."""
     for layer in _attention(model):
-        layer.largest_logits = torch.zeros(layer.heads, device=layer.o_proj.weight.device)
+        precise = torch.promote_types(model.dtype, torch.float32)
+        layer.largest_logits = torch.zeros(layer.heads, dtype=precise, device=layer.o_proj.weight.device)
 
 
 @torch.no_grad()
