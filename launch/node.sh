@@ -11,6 +11,7 @@ set -euo pipefail
 : "${NODES:=1}"                    # machines
 : "${DEVICES:=auto}"               # processes on each: auto counts GPUs, or cores where there is none
 : "${RENDEZVOUS:=localhost:0}"     # host:port where the machines meet, on one of them
+: "${ADDRESS:=}"                   # this one's address, where its name does not lead to it
 : "${JOB:=leanseek}"               # what this run is called there
 : "${RESTARTS:=10}"                # how often all may start again before somebody has to look
 : "${PYTHON:=python}"
@@ -21,5 +22,5 @@ export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" --nproc-per-node "$DEVICES" \
     --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB" \
-    --max-restarts "$RESTARTS" \
+    --max-restarts "$RESTARTS" ${ADDRESS:+--local-addr "$ADDRESS"} \
     -m leanseek "$@"

@@ -180,7 +180,7 @@ def covered(spans: list[tuple[float, float]]) -> float:
 
 def slowest(own: list[float]) -> str | None:
     """What to say of the ranks' own seconds in a step, by rank: the slowest, where it stands out."""
-    median, most = sorted(own)[len(own) // 2], max(own)
+    median, most = sorted(own)[(len(own) - 1) // 2], max(own)
     if most <= SLOW * median:
         return None
     return f"rank {own.index(most)} is slow: {most:.2f} s of a step are its own work, the median is {median:.2f} s"
