@@ -1,5 +1,8 @@
 """Rows cut over ranks, matrices cut over ranks: what they compute is what one process computes."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +151,21 @@ def test_ranks_with_shares_of_the_weights_say_what_one_process_says(pool: Pool, 
     assert len({tuple(tokens) for tokens in alone}) == len(PROMPTS)
     for world in (2, 4):
         assert pool.run(world, says, str(run)) == [alone] * world
+
+
+def generated(*starter: str, run: Path) -> dict[str, Any]:
+    wanted = ("generate", str(run), "--prompt", PROMPTS[0], "--max-tokens", "12", "--json", "--raw")
+    told: dict[str, Any] = json.loads(subprocess.check_output([sys.executable, *starter, "-m", "leanseek", *wanted]))
+    return told
+
+
+@pytest.mark.slow
+def test_the_verb_under_torchrun_says_it_once_and_the_same(tmp_path: Path) -> None:
+    vocabulary = tokenizer()
+    run = make_run(tmp_path / "run", model_of(vocabulary, num_attention_heads=4), vocabulary)
+    alone = generated(run=run)
+    many = generated("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", run=run)
+    assert many["token_ids"] == alone["token_ids"]
 
 
 # ── the shipped layouts and launchers ─────────────────────────────────────────────────────────────────────────────
