@@ -139,7 +139,7 @@ def test_a_killed_rank_costs_nothing(data: Path, tmp_path: Path, undisturbed: di
     run = tmp_path / "run"
     process = started(data, run)
     wait_for(run / "checkpoints" / "step-00000010", process)
-    first, second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    _, second = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     os.kill(int(second), signal.SIGKILL)
     said = process.communicate(timeout=300)[1]
     assert process.returncode == 0, said
