@@ -62,8 +62,8 @@ def gathers_for_itself(context: Any, grad: Tensor) -> tuple[Tensor, None, None]:
     return grad[dist.get_rank(context.group)], None, None
 
 
-def without_order(self: Context, length: int, group: dist.ProcessGroup) -> None:
-    WHOLE(self, length, group)
+def without_order(self: Context, length: int, *rest: Any) -> None:
+    WHOLE(self, length, *rest)
     self.place = torch.arange(length)
 
 

@@ -11,6 +11,7 @@ row's. Only the balance loss needs more of the whole row than a sum, the counts 
 B rows · T tokens of a row · t of them here · C latent width · R rotary width.
 """
 
+from bisect import bisect_left
 from typing import Any
 
 import torch
@@ -34,15 +35,16 @@ def pieces_of(length: int, rank: int, ways: int) -> Tensor:
 class Context:
     """This rank's share of rows of `length` tokens, over the ranks of a group; the LatentCache of every layer."""
 
-    def __init__(self, length: int, group: dist.ProcessGroup) -> None:
+    def __init__(self, length: int, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group, self.ways = group, group.size()
-        self.own = pieces_of(length, group.rank(), self.ways)
+        own = pieces_of(length, group.rank(), self.ways)
         held = torch.cat([pieces_of(length, rank, self.ways) for rank in range(self.ways)])
-        self.place = held.argsort()  # [T] where each position lies when the ranks' tokens are put side by side
+        self.positions, self.own = own.tolist(), own.to(device)  # [t] that are here, ascending
+        self.place = held.argsort().to(device)  # [T] where each position lies when the ranks' tokens are side by side
 
     def take(self, rows: Tensor) -> Tensor:
         """rows [B, ≤ T, …] of whole rows, or of their beginnings → what this rank holds of them, [B, ≤ t, …]."""
-        return rows[:, self.own[self.own < rows.shape[1]].to(rows.device)]
+        return rows[:, self.own[: bisect_left(self.positions, rows.shape[1])]]
 
     def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """latent [B, ≤ t, C] and key [B, ≤ t, R] of this rank's first tokens → all tokens' up to its own last one.
@@ -51,19 +53,19 @@ class Context:
         """
         here = latent.shape[1]
         kept = torch.cat((latent, rope_key), dim=-1)
-        missing = len(self.own) - here
+        missing = len(self.positions) - here
         if missing:
             kept = torch.cat((kept, kept.new_zeros(len(kept), missing, kept.shape[-1])), dim=1)
         everyone = _Gather.apply(kept, self.group, self.ways)  # [ways, B, t, C + R]
-        seen = self.place[: int(self.own[here - 1]) + 1].to(kept.device)
-        row = everyone.transpose(0, 1).flatten(1, 2).index_select(1, seen)
+        seen = self.place[: self.positions[here - 1] + 1]
+        row = everyone.transpose(0, 1).flatten(1, 2).index_select(1, seen)  # [B, ≤ T, C + R]
         return row[..., : latent.shape[-1]], row[..., latent.shape[-1] :]
 
 
 def context_of(length: int, ranks: Ranks) -> Context | None:
     """This rank's share of rows of so many tokens; None where it has them whole."""
     group = ranks.group("cp")
-    return None if group is None else Context(length, group)
+    return None if group is None else Context(length, group, ranks.device)
 
 
 def cut_rows(model: Transformer, group: dist.ProcessGroup) -> Transformer:
