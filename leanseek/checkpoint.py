@@ -6,11 +6,14 @@
         released/                       of an imported model: what came with it and is no weight
         metrics.jsonl  receipt.json  spent.json
         checkpoints/step-00000120/      model/*.safetensors, optimizer/*.safetensors + groups.json, state.json,
-                                        checksums.json
+                                        checksums.json; ema/*.safetensors where averages are kept
 
 Tensors go through torch DCP into safetensors, everything else into JSON: loading never unpickles. A checkpoint is
 written under a name that starts with a dot, checksummed, flushed to the disk and only then renamed, so a folder called
 `step-…` was whole when it got its name, and its checksums tell of damage done later.
+
+Files hold whole tensors, whatever mesh wrote them: each rank puts some together and writes them, and reads the rows it
+wants. So any mesh goes on with what any other saved, and one process reads it all.
 """
 
 import errno
@@ -22,6 +25,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,14 +33,14 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
 from leanseek.config import BadInput, Config, ModelConfig, differences, read_config, to_toml
 from leanseek.ops.fp8 import SCALE, dequantise
+from leanseek.parallel.mesh import ALONE, Ranks, everyones, lead
+from leanseek.parallel.parts import Part, gathered, local, parts
 from leanseek.parallel.tensor import cut, share
 from leanseek.weightfiles import open_folder
 
@@ -45,7 +49,15 @@ IMPORTED = Path("checkpoints/step-00000000/model")  # where the weights of an im
 FILE_BYTES = 1 << 29  # a weight file is assembled in memory: large models are split into files of about this size
 
 # what the same run may be continued with: none of it changes a single weight
-FREE_KEYS = ("max_steps", "max_seconds", "checkpoint_every", "keep_checkpoints", "eval_every")
+FREE_KEYS = (
+    "max_steps",
+    "max_seconds",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "eval_every",
+    "background_saves",
+    "recompute",
+)
 FROZEN_WHEN_AUTO = ("dtype", "device")
 
 
@@ -67,8 +79,8 @@ def lock(run: Path) -> Iterator[None]:
 def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None:
     """The configuration to go on with when RUN already holds this very run, None when RUN is new or only imported.
 
-    The answer is the stored configuration with the asked price and values of FREE_KEYS; `auto` asks for whatever the
-    run froze. Raises BadInput when RUN holds another configuration, other data, or is a folder of something else.
+    The answer is the stored configuration with the asked price, mesh and values of FREE_KEYS; `auto` asks for whatever
+    the run froze. Raises BadInput when RUN holds another configuration, other data, or is a folder of something else.
     """
     if not (run / "run.json").is_file():
         if run.is_dir() and any(entry.name not in (".lock", ".writing-run.json") for entry in run.iterdir()):
@@ -85,7 +97,7 @@ def check_run(run: Path, config: Config, data_fingerprint: str) -> Config | None
         return None
     free = {key: getattr(config.train, key) for key in FREE_KEYS}
     frozen = {key: getattr(stored.train, key) for key in FROZEN_WHEN_AUTO if getattr(config.train, key) == "auto"}
-    priced = {"description": config.description, "cost": config.cost}
+    priced = {"description": config.description, "cost": config.cost, "mesh": config.mesh}
     merged = stored.model_copy(update={**priced, "train": stored.train.model_copy(update=free)})
     wanted = config.model_copy(update={"train": config.train.model_copy(update=frozen)})
     if found := differences(merged, wanted):
@@ -130,7 +142,7 @@ def create_import(run: Path, config: Config, chats: bool) -> None:
     _write_facts(run, None, None, chats)
     checkpoint = (run / IMPORTED).parent
     (checkpoint / "state.json").write_bytes(_json({}))
-    _seal(checkpoint, 0)
+    _seal(checkpoint, 0, {})
     _write_whole(run / "config.toml", to_toml(config).encode())
 
 
@@ -210,43 +222,129 @@ class Checkpoint:
         """The folder with the weights, for `load_model_weights`."""
         return self.path / "model"
 
+    def weights(self, averaged: bool) -> Path:
+        """The folder with the weights, or with their moving average. Raises BadInput where none was kept."""
+        if not averaged:
+            return self.model
+        if not (self.path / "ema").is_dir():
+            raise BadInput(f"{self.path}: no average of the weights was kept: train with train.ema_decay=0.999")
+        return self.path / "ema"
+
     def state(self) -> dict[str, Any]:
         """What `save` was given as `state`."""
         state: dict[str, Any] = json.loads((self.path / "state.json").read_bytes())
         return state
 
 
-def save(run: Path, step: int, model: nn.Module, optimizers: list[Optimizer], state: dict[str, Any], keep: int) -> Path:
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    state: dict[str, Any],
+    keep: int,
+    ranks: Ranks = ALONE,
+    average: dict[str, Tensor] | None = None,
+) -> Path:
     """Write RUN/checkpoints/step-… and remove all but the newest `keep`; returns the new folder.
 
-    Weights keep each tensor's dtype, persistent buffers included. `state` is anything JSON can hold. Checkpoints of
-    later steps are removed too: the run has turned back past them. Raises OSError (a full disk, no permission); the
-    earlier checkpoints then stand as before.
+    Weights keep each tensor's dtype, persistent buffers included; `average` is of the weights, by name. `state` is
+    anything JSON can hold. Checkpoints of later steps are removed too: the run has turned back past them. Raises
+    OSError (a full disk, no permission); the earlier checkpoints then stand as before.
     """
+    saver = Saver(run, keep, ranks)
+    saver.save(step, model, optimizers, state, average)
+    return run / "checkpoints" / f"step-{step:08d}"
+
+
+class Saver:
+    """Saves the checkpoints of a run, `beside` the training where asked: the steps go on while files are written.
+
+    What is saved is copied first, so later steps do not touch it. A checkpoint has its name only when it is whole; one
+    that was begun waits for the one before, and `wait` for the last. An error of the writing is raised by the next
+    call.
+    """
+
+    def __init__(self, run: Path, keep: int, ranks: Ranks = ALONE, beside: bool = False) -> None:
+        self.run, self.keep, self.ranks = run, keep, ranks
+        self.thread = ThreadPoolExecutor(1) if beside else None
+        self.writing: Future[None] | None = None
+
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizers: list[Optimizer],
+        state: dict[str, Any],
+        average: dict[str, Tensor] | None = None,
+    ) -> None:
+        """As the function `save`."""
+        self.wait()
+        own = parts(model, self.ranks)
+        tensors, described = _optimizer_state(model, optimizers, own, self.ranks)
+        folders = {"model": gathered(model.state_dict(), own, self.ranks), "optimizer": tensors}
+        if average is not None:
+            folders["ema"] = gathered(average, own, self.ranks)
+        if self.thread is not None:  # whatever was not put together is still the training's own memory
+            folders = {name: {key: value.clone() for key, value in all_.items()} for name, all_ in folders.items()}
+        content = _Content(step, folders, {"optimizer/groups.json": _json(described), "state.json": _json(state)})
+        if self.thread is None:
+            _write(self.run, content, self.keep, self.ranks)
+        else:
+            self.writing = self.thread.submit(_write, self.run, content, self.keep, self.ranks)
+
+    def wait(self) -> None:
+        """Until the newest checkpoint has its name. Raises OSError."""
+        writing, self.writing = self.writing, None
+        if writing is not None:
+            writing.result()
+
+
+@dataclass(frozen=True)
+class _Content:
+    step: int
+    folders: dict[str, dict[str, Tensor]]  # the whole tensors that this rank writes
+    files: dict[str, bytes]
+
+
+def _write(run: Path, content: _Content, keep: int, ranks: Ranks) -> None:
+    """Each rank its tensors; the first one all else, and the name."""
     folder = run / "checkpoints"
-    state_bytes = _json(state)
-    name = f"step-{step:08d}"
+    name = f"step-{content.step:08d}"
     writing, target = folder / f".writing-{name}", folder / name
-    _make_folder(folder)
-    _remove_leftovers(folder)
-    try:
+
+    def begin() -> None:
+        _make_folder(folder)
+        _remove_leftovers(folder)
         writing.mkdir()
-        _write_tensors(writing / "model", model.state_dict())
-        _write_optimizers(writing / "optimizer", model, optimizers)
-        (writing / "state.json").write_bytes(state_bytes)
-        _seal(writing, step)
+
+    def finish() -> None:
+        for file, text in content.files.items():
+            (writing / file).parent.mkdir(exist_ok=True)
+            (writing / file).write_bytes(text)
+        _seal(writing, content.step, digests)
         if target.exists():  # saved again at the same step: the old one stays findable until the new one has its name
             _remove(folder / f"{name}.old")
             target.rename(folder / f"{name}.old")
         writing.rename(target)
         _flush(folder)
+        earlier = [found for found in _found(folder) if found.step < content.step]
+        for other in [found for found in _found(folder) if found not in earlier[: keep - 1] and found.path != target]:
+            _remove(other.path)
+
+    try:
+        lead(begin, ranks.files)
+        written = [
+            path for name, tensors in content.folders.items() for path in _write_tensors(writing / name, tensors, ranks)
+        ]
+        digests: dict[str, dict[str, Any]] = {}
+        for found in everyones({path.relative_to(writing).as_posix(): _summed(path) for path in written}, ranks.files):
+            digests |= found
+        lead(finish, ranks.files)
     except BaseException:
-        shutil.rmtree(writing, ignore_errors=True)
+        if ranks.first:
+            shutil.rmtree(writing, ignore_errors=True)
         raise
-    earlier = [found for found in _found(folder) if found.step < step]
-    for unwanted in [found for found in _found(folder) if found not in earlier[: keep - 1] and found.path != target]:
-        _remove(unwanted.path)
-    return target
 
 
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
@@ -266,42 +364,45 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def load(checkpoint: Checkpoint, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
+def load(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    optimizers: list[Optimizer],
+    ranks: Ranks = ALONE,
+    average: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
     """Bring model and optimizers, in place, to the bits they were saved with; returns `state`. Raises BadInput.
 
-    An import has weights only, in a precision of its own: the optimizers begin anew.
+    An import has weights only, in a precision of its own: the optimizers begin anew. An `average` that was not saved
+    begins with the weights.
     """
-    if not (checkpoint.path / "optimizer").exists():
-        load_model_weights(checkpoint.model, model)
-        return checkpoint.state()
-    load_model_weights(checkpoint.model, model, same_dtype=True)
-    _load_optimizers(checkpoint.path / "optimizer", model, optimizers)
+    trained = (checkpoint.path / "optimizer").exists()
+    load_model_weights(checkpoint.model, model, same_dtype=trained, ranks=ranks)
+    if trained:
+        _load_optimizers(checkpoint.path / "optimizer", model, optimizers, ranks)
+    if average is not None:
+        folder = checkpoint.path / "ema"
+        _read_parts(folder if folder.is_dir() else checkpoint.model, average, parts(model, ranks))
     return checkpoint.state()
 
 
-def load_model_weights(folder: Path, model: nn.Module, same_dtype: bool = False) -> None:
+def load_model_weights(folder: Path, model: nn.Module, same_dtype: bool = False, ranks: Ranks = ALONE) -> None:
     """Fill the model, in place, from the safetensors files of a folder; other files there are not opened.
 
     Values are converted to the model's dtypes unless `same_dtype` asks that they agree. Raises BadInput naming tensors
     that are missing, not the model's, or of another shape or dtype; the model is then untouched.
     """
-    target = model.state_dict()
+    target, own = model.state_dict(), parts(model, ranks)
     stored = open_folder(folder)
-    scaled = [name for name in target if name + SCALE in stored]  # rest in FP8
     _refuse(folder, "missing", [name for name in target if name not in stored])
-    known = {*target, *(name + SCALE for name in scaled)}
-    _refuse(folder, "unexpected", [name for name in stored if name not in known])
-    shapes = [(name, stored[name].shape, tuple(target[name].shape)) for name in target]
+    known = set().union(*ranks.told(set(target), "pp"))
+    _refuse(folder, "unexpected", [name for name in stored if name.removesuffix(SCALE) not in known])
+    shapes = [(name, stored[name].shape, own[name].shape) for name in target]
     _refuse(folder, "wrong shape of", [f"{name} ({list(a)}, here {list(b)})" for name, a, b in shapes if a != b])
     if same_dtype:
         dtypes = [(name, stored[name].dtype, target[name].dtype) for name in target]
         _refuse(folder, "wrong dtype of", [f"{name} ({a}, here {b})" for name, a, b in dtypes if a != b])
-    if not scaled:
-        _read_tensors(folder, target)
-        return
-    for name, tensor in target.items():  # DCP reads no FP8
-        values = stored[name].read()
-        tensor.copy_(dequantise(values, stored[name + SCALE].read()) if name in scaled else values)
+    _read_parts(folder, target, own)
 
 
 def load_shares(folder: Path, model: nn.Module, rank: int, ways: int) -> None:
@@ -335,9 +436,13 @@ def load_shares(folder: Path, model: nn.Module, rank: int, ways: int) -> None:
 # room for them; written out by name nothing is cast, nothing steps, and what has no state yet has none afterwards.
 
 
-def _write_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+def _optimizer_state(
+    model: nn.Module, optimizers: list[Optimizer], own: dict[str, Part], ranks: Ranks
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """The whole tensors of the state that this rank writes, and the rest of it, of all stages, for JSON."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
+    parts_of: dict[str, Part] = {}
     described = []
     for index, optimizer in enumerate(optimizers):
         groups = []
@@ -350,25 +455,35 @@ def _write_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer
             state[name] = {key: value for key, value in values.items() if not isinstance(value, Tensor)}
             for key, value in values.items():
                 if isinstance(value, Tensor):
-                    state[name][key] = {"tensor": f"{index}.{name}.{key}"}
-                    tensors[f"{index}.{name}.{key}"] = value
+                    tensor = f"{index}.{name}.{key}"
+                    state[name][key] = {"tensor": tensor}
+                    alike = value.shape == parameter.shape
+                    tensors[tensor], parts_of[tensor] = value, own[name] if alike else Part(0, 1, tuple(value.shape))
         described.append({"groups": groups, "state": state})
-    if tensors:
-        _write_tensors(folder, tensors)
-    folder.mkdir(exist_ok=True)
-    (folder / "groups.json").write_bytes(_json(described))
+    return gathered(tensors, parts_of, ranks), _joined_stages(ranks.told(described, "pp"))
 
 
-def _load_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer]) -> None:
+def _joined_stages(stages: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The descriptions of the optimizers of several stages as those of one model's."""
+    whole = stages[0]
+    for stage in stages[1:]:
+        for ours, theirs in zip(whole, stage, strict=True):
+            for group, more in zip(ours["groups"], theirs["groups"], strict=True):
+                group["params"] += [name for name in more["params"] if name not in group["params"]]
+            ours["state"] |= theirs["state"]
+    return whole
+
+
+def _load_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer], ranks: Ranks) -> None:
     parameters = dict(model.named_parameters())
-    names = {parameter: name for name, parameter in parameters.items()}
+    own, names = parts(model, ranks), {parameter: name for name, parameter in parameters.items()}
     described = json.loads((folder / "groups.json").read_bytes())
     ours = [[[names[p] for p in group["params"]] for group in optimizer.param_groups] for optimizer in optimizers]
-    theirs = [[group["params"] for group in saved["groups"]] for saved in described]
-    if ours != theirs:
+    stages = ranks.told(ours, "pp")
+    whole = [[set().union(*named) for named in zip(*groups, strict=True)] for groups in zip(*stages, strict=True)]
+    if whole != [[set(group["params"]) for group in saved["groups"]] for saved in described]:
         raise BadInput(f"{folder}: was saved by other optimizers or with the parameters grouped otherwise")
-    stored = _stored_tensors(folder)
-    tensors: dict[str, Tensor] = {}
+    stored = open_folder(folder) if any(folder.glob("*.safetensors")) else {}
     for optimizer, saved in zip(optimizers, described, strict=True):
         optimizer.state.clear()
         on_device: set[Tensor] = set()
@@ -378,57 +493,70 @@ def _load_optimizers(folder: Path, model: nn.Module, optimizers: list[Optimizer]
             if group.get("fused") or group.get("capturable"):
                 on_device.update(group["params"])
         for name, values in saved["state"].items():
+            if name not in parameters:
+                continue  # another stage's
             parameter = parameters[name]
             restored = optimizer.state[parameter]
             for key, value in values.items():
                 if not isinstance(value, dict):
                     restored[key] = value
                     continue
-                size, dtype = stored[value["tensor"]].size, stored[value["tensor"]].properties.dtype
-                if size == parameter.shape:
-                    tensor = torch.empty_like(parameter, dtype=dtype, requires_grad=False)
+                entry = stored[value["tensor"]]
+                if entry.shape == own[name].shape:
+                    restored[key] = torch.empty_like(parameter, dtype=entry.dtype, requires_grad=False)
+                    local(restored[key]).copy_(entry.rows(own[name].first, own[name].rows))
                 else:  # torch keeps step counts on the CPU unless the update runs as one kernel
-                    device = parameter.device if size or parameter in on_device else "cpu"
-                    tensor = torch.empty(size, dtype=dtype, device=device)
-                restored[key] = tensors[value["tensor"]] = tensor
-    if tensors:
-        _read_tensors(folder, tensors)
+                    restored[key] = entry.read().to(parameter.device if parameter in on_device else "cpu")
 
 
 # ── tensors and files ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _write_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    file_of, sizes = {}, [0]
-    for name, tensor in tensors.items():
-        if sizes[-1] and sizes[-1] + tensor.nbytes > FILE_BYTES:
-            sizes.append(0)
-        file_of[name] = len(sizes)
-        sizes[-1] += tensor.nbytes
+def _write_tensors(folder: Path, tensors: dict[str, Tensor], ranks: Ranks) -> list[Path]:
+    """Writes this rank's tensors into files of its own, of those that all ranks write together; returns them."""
+    sizes_of = everyones({name: tensor.nbytes for name, tensor in tensors.items()}, ranks.files)
+    file_of: dict[str, int] = {}
+    sizes: list[int] = []
+    mine = ranks.rank if ranks.files is not None else 0
+    for rank, of_rank in enumerate(sizes_of):
+        first = len(sizes)
+        for name, size in of_rank.items():
+            if name in file_of:
+                continue  # two stages have it
+            if len(sizes) == first or (sizes[-1] and sizes[-1] + size > FILE_BYTES):
+                sizes.append(0)
+            file_of[name] = len(sizes)
+            sizes[-1] += size
+        if rank == mine:
+            own = range(first, len(sizes))
+    if not file_of:
+        return []
     # safetensors assembles a file in memory and aborts the process when it cannot; Python raises MemoryError instead.
-    bytearray(max(sizes))
-    with _dcp_in_one_process():
-        dcp.save(tensors, storage_writer=HuggingFaceStorageWriter(str(folder), file_of), no_dist=True)
+    bytearray(max((sizes[number] for number in own), default=0))
+    tensors = {name: tensor for name, tensor in tensors.items() if file_of[name] - 1 in own}
+    writer = HuggingFaceStorageWriter(str(folder), file_of)
+    with _dcp_errors():
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.files, no_dist=ranks.files is None)
+    return [folder / f"model-{number + 1:05d}-of-{len(sizes):05d}.safetensors" for number in own]
 
 
-def _read_tensors(folder: Path, tensors: dict[str, Tensor]) -> None:
-    with _dcp_in_one_process():
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
-
-
-def _stored_tensors(folder: Path) -> dict[str, TensorStorageMetadata]:
-    """Size and dtype of every tensor in a folder of safetensors files, by name. Raises BadInput."""
-    try:
-        return HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata  # type: ignore[return-value]
-    except (FileNotFoundError, NotADirectoryError):
-        raise BadInput(f"{folder}: no such folder of weights") from None
-    except SafetensorError as error:
-        raise BadInput(f"{folder}: not readable as safetensors: {error}") from None
+def _read_parts(folder: Path, tensors: dict[str, Tensor], own: dict[str, Part]) -> None:
+    """Fills this rank's part of each tensor; values that rest in FP8 are multiplied by their scales."""
+    stored = open_folder(folder)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            entry, part = stored[name], own[name]
+            if name + SCALE in stored:
+                values = dequantise(entry.read(), stored[name + SCALE].read())[part.first : part.first + part.rows]
+            elif part.whole:
+                values = entry.read()
+            else:
+                values = entry.rows(part.first, part.rows)
+            local(tensor).copy_(values)
 
 
 @contextmanager
-def _dcp_in_one_process() -> Iterator[None]:
+def _dcp_errors() -> Iterator[None]:
     """Keep DCP from warning that there is no process group, and have its errors as they were raised."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -453,16 +581,22 @@ def _found(folder: Path) -> list[Checkpoint]:
     return [Checkpoint(path, step) for step, _, path in sorted(found, reverse=True)]
 
 
-def _seal(folder: Path, step: int) -> None:
-    """Write checksums.json over all files of a checkpoint and bring everything to the disk."""
+def _seal(folder: Path, step: int, digests: dict[str, dict[str, Any]]) -> None:
+    """Write checksums.json over all files of a checkpoint, some of them known, and bring everything to the disk."""
     files = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        _flush(path)
+        name = path.relative_to(folder).as_posix()
+        files[name] = digests.get(name) or _summed(path)
     sums = {"format_version": FORMAT_VERSION, "step": step, "files": files}
     (folder / "checksums.json").write_bytes(_json(sums))
     for path in (folder / "checksums.json", *(entry for entry in folder.iterdir() if entry.is_dir()), folder):
         _flush(path)
+
+
+def _summed(path: Path) -> dict[str, Any]:
+    """What checksums.json says of a file, which is on the disk then."""
+    _flush(path)
+    return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def _damage(checkpoint: Checkpoint) -> str | None:

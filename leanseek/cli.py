@@ -26,6 +26,7 @@ app = typer.Typer(
 UsageError: Any = typer.BadParameter.__bases__[0]
 
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
+Averaged = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, where one was kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 
 
@@ -145,6 +146,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where records and results are kept; else RUN/eval.")
     ] = None,
+    ema: Averaged = False,
     as_json: Json = False,
 ) -> None:
     """Score a run: bits per byte, and files of questions with verified answers."""
@@ -153,7 +155,7 @@ def evaluate(
 
     settings = Settings(shots, samples, temperature, top_p, max_tokens, limit, seed, write, raw)
     named = tasks.split(",") if tasks is not None else [] if task else ["bpb"]
-    results = run_evaluate(run, named, text, task or (), examples, settings, out)
+    results = run_evaluate(run, named, text, task or (), examples, settings, out, ema)
     if as_json:
         print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))  # one task: its own object
         return
@@ -281,16 +283,17 @@ def export(
     format: Annotated[  # the contract's name for it
         Literal["hf", "gguf"], typer.Option(help="hf: for transformers and vLLM. gguf: for llama.cpp.")
     ] = "hf",
+    ema: Averaged = False,
 ) -> None:
     """Write a run's weights for other tools."""
     if format == "gguf":
         from leanseek.gguf import export_gguf
 
-        export_gguf(run, folder, dtype)
+        export_gguf(run, folder, dtype, ema)
     else:
         from leanseek.hub import export_release
 
-        export_release(run, folder, dtype)
+        export_release(run, folder, dtype, ema)
 
 
 @app.command()
@@ -410,27 +413,35 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         app(arguments or ["--help"], standalone_mode=False)
     except UsageError as error:
         where = error.ctx.command_path if error.ctx else "leanseek"
-        _refuse(f"{error.format_message().rstrip('.')} (see '{where} --help')")
+        _refuse(f"{error.format_message().rstrip('.')} (see '{where} --help')", error)
     except (typer.Abort, KeyboardInterrupt):
         sys.exit(130)
     except BadInput as error:
-        _refuse(str(error))
+        _refuse(str(error), error)
     except BrokenPipeError:  # whoever read our output has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except OSError as error:
         reason = {errno.ENOSPC: "no space left on the disk"}.get(error.errno or 0, error.strerror or str(error))
-        _refuse(f"{error.filename or 'disk'}: {reason}; what was saved before is untouched")
+        _refuse(f"{error.filename or 'disk'}: {reason}; what was saved before is untouched", error)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        _refuse("out of memory: a smaller train.micro_batch, context or model needs less; what was saved is untouched")
+        needs = "a smaller train.micro_batch, context or model needs less"
+        _refuse(f"out of memory: {needs}; what was saved is untouched", error)
     sys.exit(0)
+
+
+def _speaks() -> bool:
+    """Whether this process tells the outcome: of those that torchrun starts for one command, the first."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _print_receipt(receipt: dict[str, Any]) -> None:
     from leanseek.train.receipt import printed
 
+    if not _speaks():
+        return
     if receipt["ended"] != "complete":
         how = "the same command" if receipt["ended"] == "interrupted" else f"a larger train.{receipt['ended']}"
         print(f"stopped at step {receipt['steps']} ({receipt['ended']}): {how} goes on", file=sys.stderr)
@@ -442,6 +453,9 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
-def _refuse(line: str) -> NoReturn:
-    print("leanseek: " + " ".join(line.split()), file=sys.stderr)
+def _refuse(line: str, error: Exception) -> NoReturn:
+    told = isinstance(error, (BadInput, UsageError)) or hasattr(error, "__notes__")  # all processes have this error
+    if _speaks() or not told:
+        where = "" if _speaks() else f"rank {os.environ['RANK']}: "
+        print("leanseek: " + where + " ".join(line.split()), file=sys.stderr)
     sys.exit(2)

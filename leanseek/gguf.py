@@ -53,7 +53,7 @@ PRE_TOKENIZER = {"deepseek_v2": "deepseek-llm", "kimi_k2": "kimi-k2"}
 NORMAL, CONTROL, UNUSED = 1, 3, 5  # token types
 
 
-def export_gguf(run: Path, folder: Path, dtype: str | None = None) -> None:
+def export_gguf(run: Path, folder: Path, dtype: str | None = None, averaged: bool = False) -> None:
     """Write FOLDER/model-<precision>.gguf: matrices in `dtype`, else as they are stored, FP8 as BF16.
 
     Raises BadInput.
@@ -64,7 +64,7 @@ def export_gguf(run: Path, folder: Path, dtype: str | None = None) -> None:
         raise BadInput("writing GGUF needs the gguf package: pip install 'leanseek[gguf]'") from None
     if dtype == "fp8":
         raise BadInput("GGUF has no FP8: take --dtype bf16 or fp32")
-    weights = Weights(run)
+    weights = Weights(run, averaged)
     if dtype is None:
         dtype = "fp32" if weights.dtype("lm_head.weight") == torch.float32 else "bf16"
     matrix = torch.float32 if dtype == "fp32" else torch.bfloat16

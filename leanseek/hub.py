@@ -352,14 +352,14 @@ def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:
 
 
 class Weights:
-    """The newest checkpoint of a run, in released pieces, one at a time. Raises BadInput."""
+    """The newest checkpoint of a run, or its `averaged` weights, in released pieces, one at a time. Raises BadInput."""
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, averaged: bool = False) -> None:
         self.run, self.config = run, checkpoint.read_run(run)
         newest = checkpoint.newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
         if newest is None:
             raise BadInput(f"{run}: has no checkpoint yet: train it first")
-        self.tensors, self.places = open_folder(newest.model), layout(self.config.model)
+        self.tensors, self.places = open_folder(newest.weights(averaged)), layout(self.config.model)
         self.kept = open_folder(run / "released") if (run / "released" / INDEX).is_file() else {}
         quantization = self.config.model.verbatim.get("quantization_config", {})
         self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
@@ -403,12 +403,12 @@ class Weights:
         return quantise(values, scales), scales
 
 
-def export_release(run: Path, folder: Path, dtype: str | None = None) -> None:
-    """Write a run's newest checkpoint as a release, as it is stored or in `dtype`: fp32, bf16 or fp8.
+def export_release(run: Path, folder: Path, dtype: str | None = None, averaged: bool = False) -> None:
+    """Write a run's newest checkpoint, or its average, as a release, as it is stored or in `dtype`: fp32, bf16 or fp8.
 
     The same call goes on where it was stopped. The router's bias is FP32 in all of them. Raises BadInput.
     """
-    weights = Weights(run)
+    weights = Weights(run, averaged)
     model = weights.config.model
     stored = {weights.dtype(name) for name in weights.places}
     wanted = DTYPES[dtype] if dtype else FP8 if FP8 in stored else weights.dtype("lm_head.weight")

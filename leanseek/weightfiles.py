@@ -57,8 +57,16 @@ class Stored:
         """The tensor, or as a matrix one of the equal parts that its rows fall into when leading dims are joined."""
         shape = self.shape if parts == 1 else (math.prod(self.shape[:-1]) // parts, self.shape[-1])
         size = self.nbytes // parts
+        return self._bytes(part * size, size).view(self.dtype).view(shape)
+
+    def rows(self, first: int, count: int) -> Tensor:
+        """The slices first … first + count − 1 of the first dim."""
+        size = self.nbytes // self.shape[0] if self.shape[0] else 0
+        return self._bytes(first * size, count * size).view(self.dtype).view(count, *self.shape[1:])
+
+    def _bytes(self, first: int, size: int) -> Tensor:
         with self.file.open("rb", buffering=0) as file:
-            file.seek(self.offset + part * size)
+            file.seek(self.offset + first)
             content = torch.empty(size, dtype=torch.uint8)
             done = 0
             while done < size:  # a call may give less than is asked for
@@ -66,7 +74,7 @@ class Stored:
                 if not got:
                     raise BadInput(f"{self.file}: ends early: it was shortened while it was read")
                 done += got
-        return content.view(self.dtype).view(shape)
+        return content
 
     def same_bits(self, other: "Stored") -> bool:
         """Whether two tensors agree in dtype, shape and every bit; they are compared piece by piece."""

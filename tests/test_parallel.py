@@ -79,7 +79,7 @@ def groups(rank: int, world: int, *overrides: str) -> dict[str, list[int]]:
     found = {axis: ranks.group(axis) for axis in axes}
     assert ranks.total(torch.tensor(rank)) == sum(range(world))
     assert ranks.any(rank == 1)
-    assert lead(lambda: rank + 0.5) == 0.5
+    assert lead(lambda: rank + 0.5, ranks.group("world")) == 0.5
     return {axis: [rank] if group is None else dist.get_process_group_ranks(group) for axis, group in found.items()}
 
 
@@ -175,9 +175,8 @@ def learn(rank: int, world: int, overrides: tuple[str, ...], rows: int, packed: 
             assert targets is not None
             result = train_step(model, optimizers, ids, targets, NOW, config, positions, segments, ranks)
             told.append((result.loss, result.mtp_loss, result.balance_loss, result.grad_norm))
-    state = model.state_dict()
-    whole = gathered(state, parts(model, ranks), dict.fromkeys(state, 0), ranks)
-    return told, loads, {name: tensor.numpy() for name, tensor in whole.items()} if rank == 0 else {}
+    whole = gathered(model.state_dict(), parts(model, ranks), ranks)
+    return told, loads, {name: tensor.numpy() for name, tensor in whole.items()}
 
 
 @contextmanager
@@ -224,7 +223,12 @@ def held_against_one(
 ) -> None:
     many = pool.run(world, learn, overrides, rows, packed, dtype)
     tolerance = (1e-10, 1e-8) if dtype == torch.float64 else (1e-4, 1e-3)
-    assert differs(many[0], alone(overrides, rows, packed, dtype), *tolerance) is None
+    weights: dict[str, Any] = {}
+    for _, _, of_rank in many:
+        assert not weights.keys() & of_rank.keys()
+        weights |= of_rank
+    together = many[0][0], many[0][1], weights
+    assert differs(together, alone(overrides, rows, packed, dtype), *tolerance) is None
     assert all(told == many[0][0] for told, _, _ in many[1:])  # every rank says the same
 
 

@@ -6,7 +6,7 @@ given.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -31,12 +31,32 @@ class BPB:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Share:
+    """Of many processes that score together, each takes every so-manieth batch; `total` adds up what they found.
+
+    They run their models equally often: where batches run out, on one of no rows.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    total: Callable[[float], float] = float
+
+    def of(self, batches: Iterator[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        while turn := list(islice(batches, self.ranks)):
+            yield turn[self.rank] if self.rank < len(turn) else (turn[0][0][:0], turn[0][1][:0])
+
+
+ALL = Share()
+
+
 def bits_per_byte(
     model: Transformer,
     documents: Iterable[tuple[Sequence[int] | NDArray[np.integer], int]],
     context: int,
     bos_id: int,
     batch_tokens: int = 8192,
+    share: Share = ALL,
 ) -> BPB:
     """Score documents, each its ids (without BOS and EOS) and the UTF-8 bytes of its text as given.
 
@@ -45,7 +65,7 @@ def bits_per_byte(
     """
     counted = Counter()
     windows = (window for ids in counted.watch(documents) for window in windows_of(ids, context, bos_id))
-    nats = nats_of(model, windows, batch_tokens)
+    nats = nats_of(model, windows, batch_tokens, share)
     if not counted.bytes:
         raise BadInput("there is no text to score: bits per byte need at least one byte")
     return BPB(nats / math.log(2) / counted.bytes, counted.bytes, counted.tokens)
@@ -77,14 +97,14 @@ def answers_of(samples: Iterable[Window], tokenizer: Tokenizer) -> Answers:
     return Answers(windows, said, tokens)
 
 
-def answers_bits_per_byte(model: Transformer, answers: Answers, batch_tokens: int = 8192) -> BPB:
+def answers_bits_per_byte(model: Transformer, answers: Answers, batch_tokens: int = 8192, share: Share = ALL) -> BPB:
     """−log2 p of each token of the answers, given all that stands before it in its chat, over the answers' bytes."""
-    nats = nats_of(model, iter(answers.windows), batch_tokens)
+    nats = nats_of(model, iter(answers.windows), batch_tokens, share)
     return BPB(nats / math.log(2) / answers.bytes, answers.bytes, answers.tokens)
 
 
 @torch.no_grad()
-def nats_of(model: Transformer, windows: Iterator[Window], batch_tokens: int) -> float:
+def nats_of(model: Transformer, windows: Iterator[Window], batch_tokens: int, share: Share = ALL) -> float:
     """−ln p of all targets of all windows together, each window by itself; the model is left in the mode it was in."""
     assert model.lm_head is not None
     device = model.lm_head.weight.device
@@ -92,7 +112,7 @@ def nats_of(model: Transformer, windows: Iterator[Window], batch_tokens: int) ->
     training = model.training
     model.eval()
     try:
-        for ids, targets in batches(windows, batch_tokens):
+        for ids, targets in share.of(batches(windows, batch_tokens)):
             ids, targets = ids.to(device), targets.to(device)
             # Padding is on the right, where causal attention cannot see it.
             hidden = model(ids, torch.arange(ids.shape[1], device=device).expand_as(ids))
@@ -100,7 +120,7 @@ def nats_of(model: Transformer, windows: Iterator[Window], batch_tokens: int) ->
             nats += token_losses(hidden[valid], model.lm_head.weight, targets[valid]).cpu().double().sum().item()
     finally:
         model.train(training)
-    return nats
+    return share.total(nats)
 
 
 @dataclass

@@ -39,13 +39,14 @@ def evaluate(
     examples: Path | str | None = None,
     settings: Settings = AS_IT_IS,
     out: Path | None = None,
+    averaged: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Results by task: bpb → {"bpb", "bytes", "tokens"}, of a text file or else of the run's own validation split.
 
     Of a run that was taught to chat, those are the answers in the chats it was not trained on. A task file, by its
     name → {"score", "stderr", "n", …}; the solved examples before its questions are its own, or those of `examples`.
     All results are kept in RUN/eval, or `out`, where `report` finds them; what was answered before is not asked again.
-    Raises BadInput for an unknown task, a RUN that cannot be loaded, and files that cannot be read.
+    Of `averaged` weights they are kept in RUN/eval-ema. Raises BadInput for an unknown task, a RUN that cannot be loaded, and files that cannot be read.
     """
     run = Path(run)
     for task in tasks:
@@ -61,8 +62,8 @@ def evaluate(
         if pool is not None and pool.format.name != task_file.format.name:
             formats = f"{pool.format.name}, {task_file.name} of {task_file.format.name}"
             raise BadInput(f"{examples}: these examples are of the format {formats}: they need the same one")
-    llm = LLM.load(run)
-    folder = run / "eval" if out is None else out
+    llm = LLM.load(run, averaged=averaged)
+    folder = out or run / ("eval-ema" if averaged else "eval")
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
         bpb, beside = _bits_per_byte(run, config, llm, text)

@@ -68,4 +68,4 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def _pieces(hidden: Tensor, vocabulary: int) -> list[slice]:
     values = min(_LOGITS_AT_ONCE, _LOGITS_IN_CACHE) if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
     rows, step = hidden.shape[0], max(1, values // vocabulary)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]

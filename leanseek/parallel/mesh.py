@@ -143,6 +143,7 @@ class Ranks:
     rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     meshes: dict[str, DeviceMesh] = field(default_factory=dict)
+    files: dist.ProcessGroup | None = None  # all ranks once more, for a thread that writes beside the training
 
     @property
     def world(self) -> int:
@@ -156,6 +157,18 @@ class Ranks:
     @property
     def place(self) -> dict[str, int]:
         return self.division.place(self.rank)
+
+    @property
+    def writes(self) -> bool:
+        """Whether it is one of those whose parts make up the model once: no copies, of replicate or tp."""
+        place = self.place
+        return place["tp"] == 0 and place["dp"] * self.division.cp + place["cp"] < self.division.shard
+
+    def named(self) -> str:
+        """The division in words for people, nothing where there is one rank."""
+        axes = {axis: getattr(self.division, axis) for axis in ("pp", "dp", "cp", "tp", "ep")}
+        several = " · ".join(f"{axis} {size}" for axis, size in axes.items() if size > 1)
+        return f", {self.world} ranks: {several}" if several else ""
 
     def group(self, axis: str) -> dist.ProcessGroup | None:
         """The ranks that differ from this one on an axis only; None where it has one rank.
@@ -178,14 +191,20 @@ class Ranks:
         """The largest value over the ranks of an axis, element by element, in place."""
         return self._reduce(tensor, dist.ReduceOp.MAX, axis)
 
+    def each(self, value: float) -> list[float]:
+        """Every rank's value, by rank."""
+        told = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        told[self.rank] = value
+        values: list[float] = self.total(told).tolist()
+        return values
+
     def any(self, answer: bool) -> bool:
         """Whether any rank says yes: what all then act on."""
         return bool(self.largest(torch.tensor(int(answer), device=self.device)))
 
-    def wait(self) -> None:
-        """Until all ranks are here."""
-        if self.meshes:
-            dist.barrier()
+    def told(self, answer: T, axis: str = "world") -> list[T]:
+        """What each rank of an axis says."""
+        return everyones(answer, self.group(axis))
 
     def _reduce(self, tensor: Tensor, operation: dist.ReduceOp.RedOpType, axis: str) -> Tensor:
         group = self.group(axis)
@@ -229,13 +248,16 @@ def meshes_of(division: Division, device_type: str) -> dict[str, DeviceMesh]:
 
 
 @contextmanager
-def joined(timeout: float) -> Iterator[None]:
-    """Joins the processes that torchrun started for this command, for as long as the block runs; one has none to join.
+def joined(timeout: float) -> Iterator[dist.ProcessGroup | None]:
+    """Joins the processes that torchrun started for this command, for as long as the block runs; None where one runs.
 
-    A collective that takes longer than `timeout` seconds raises.
+    A collective that takes longer than `timeout` seconds raises. Processes that are joined already stay so.
     """
+    if dist.is_initialized():
+        yield dist.group.WORLD if dist.get_world_size() > 1 else None
+        return
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield
+        yield None
         return
     backend = "gloo"
     if torch.cuda.is_available():
@@ -246,7 +268,7 @@ def joined(timeout: float) -> Iterator[None]:
     rank = dist.get_rank()
     try:
         with watching(timeout, lambda line: print(f"leanseek: rank {rank}: {line}", file=sys.stderr, flush=True)):
-            yield
+            yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
 
@@ -260,7 +282,8 @@ def ranks_of(config: Config) -> Ranks:
         return Ranks(device=device)
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device())
-    return Ranks(division, dist.get_rank(), device, meshes_of(division, device.type))
+    files = dist.new_group(backend="gloo")
+    return Ranks(division, dist.get_rank(), device, meshes_of(division, device.type), files)
 
 
 def serving_ranks(config: Config) -> Ranks:
@@ -271,18 +294,54 @@ def serving_ranks(config: Config) -> Ranks:
     return ranks_of(config.model_copy(update={"mesh": mesh, "train": train}))
 
 
-def lead(work: Callable[[], T]) -> T:
-    """What the first process makes of `work`, which it does alone: its answer, BadInput or OSError is everybody's."""
-    if not dist.is_initialized():
+def lead(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What the first process of a group makes of `work`, which it does alone: its answer, or its error, is everybody's.
+
+    Nobody goes on before it is done. Without a group there is nobody else.
+    """
+    if group is None:
         return work()
-    told: list[Any] = [None, None]
-    if dist.get_rank() == 0:
+    told: list[Any] = [None, None]  # the answer, or the error
+    if dist.get_rank(group) == 0:
         try:
-            told = [work(), None]
+            told[0] = work()
         except (BadInput, OSError) as error:
-            told = [None, error]
-    dist.broadcast_object_list(told, src=0)
+            told[1] = error
+    dist.broadcast_object_list(told, src=dist.get_global_rank(group, 0), group=group)
     if told[1] is not None:
-        raise told[1]
+        raise _noted(told[1], group)
     answer: T = told[0]
     return answer
+
+
+def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
+    """What `work` gives on this process; an error on any of them is everybody's."""
+    mine: tuple[T | None, Exception | None]
+    try:
+        mine = work(), None
+    except (BadInput, OSError) as error:
+        mine = None, error
+    for raised in everyones(mine[1], group):
+        if raised is not None:
+            raise _noted(raised, group)
+    return mine[0]  # type: ignore[return-value]
+
+
+def _noted(error: Exception, group: dist.ProcessGroup | None) -> Exception:
+    """An error that every process of a group raises: a note on all but the first says that it is told already."""
+    if group is not None and dist.get_rank(group) != 0:
+        error.add_note("raised by every process")
+    return error
+
+
+def size_of(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def everyones(answer: T, group: dist.ProcessGroup | None) -> list[T]:
+    """What each process of a group says."""
+    if group is None:
+        return [answer]
+    told: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(told, answer, group=group)
+    return told

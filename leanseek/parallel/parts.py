@@ -4,6 +4,7 @@ Whatever shares a tensor, expert groups or FSDP, a rank has some consecutive row
 of a tensor are on the ranks of one `shard` group: copies of the experts × ep for experts, FSDP's own for all else.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ class Part:
 
     @property
     def whole(self) -> bool:
-        return self.rows == self.shape[0]
+        return self.shape == () or self.rows == self.shape[0]
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -38,7 +39,7 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def parts(model: nn.Module, ranks: Ranks) -> dict[str, Part]:
-    """By name, which part of every weight and persistent buffer this rank has."""
+    """By name, which part of every weight and persistent buffer of its stage this rank has."""
     spread = {
         f"{name}.{weight}"
         for name, module in model.named_modules()
@@ -75,19 +76,21 @@ def norm_of(gradients: dict[str, Tensor], ranks: Ranks) -> Tensor:
     return ranks.total(ranks.total(own, "shard"), "pp").sqrt()
 
 
-def gathered(
-    tensors: dict[str, Tensor], own: dict[str, Part], owner: dict[str, int], ranks: Ranks
-) -> dict[str, Tensor]:
-    """Whole tensors in CPU memory, each on one rank of the `shard` group: those whose owner this rank is.
+def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -> dict[str, Tensor]:
+    """Whole tensors in CPU memory, each on one of the ranks that `write`; about equally many bytes on each.
 
-    All ranks of the group call it with the same names in the same order.
+    Those that nobody shares may be the tensors themselves. All ranks call it, those of a `shard` group with the same
+    names in the same order.
     """
+    if not ranks.writes:
+        return {}
     group = ranks.group("shard")
     if group is None:
         return {name: local(tensor).detach().cpu() for name, tensor in tensors.items()}
     here, members = dist.get_rank(group), dist.get_process_group_ranks(group)
-    parts_of: list[dict[str, Part]] = [{} for _ in members]
-    dist.all_gather_object(parts_of, own, group=group)
+    parts_of = ranks.told(own, "shard")
+    sizes = [math.prod(own[name].shape) * tensor.element_size() for name, tensor in tensors.items()]
+    owner = dict(zip(tensors, _owners(sizes, len(members)), strict=True))
     whole = {}
     for name, tensor in tensors.items():
         mine = local(tensor).detach().cpu().contiguous()
@@ -163,6 +166,8 @@ def _chunk(rows: int, members: int, member: int) -> int:
 
 def _rows(tensor: Tensor) -> tuple[int, int]:
     """The first row that this rank has of a tensor that FSDP may share, and how many."""
+    if tensor.dim() == 0:
+        return 0, 1
     if not isinstance(tensor, DTensor):
         return 0, tensor.shape[0]
     shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)

@@ -6,17 +6,20 @@ does not say, batch and length, is as at the end of pre-training.
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from leanseek import checkpoint
-from leanseek.config import BadInput, Config, DataConfig, Piece, ScheduleConfig, parse, to_toml
+from leanseek.config import BadInput, Config, DataConfig, MeshConfig, Piece, ScheduleConfig, parse, to_toml
 from leanseek.data.chats import ChatLoader, Chats, fingerprint_of, longest_of, open_chats, pack
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import Answers, answers_bits_per_byte, answers_of
+from leanseek.parallel.mesh import divide, joined, lead, ranks_of, size_of, together
 from leanseek.plan.count import flops_per_token
+from leanseek.train.pretrain import share_of
 from leanseek.train.setup import build, take_up, train_and_bill
 
 EPOCHS = 2
@@ -27,7 +30,8 @@ WARM_UP = 0.03  # share of the budget
 def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Trains OUT on a file of chats, from RUN's weights or from where OUT stopped; returns its receipt.
 
-    `overrides` are laid over what `tuned` makes of RUN's configuration. Raises BadInput, OSError.
+    `overrides` are laid over what `tuned` makes of RUN's configuration. Raises BadInput, OSError. Under torchrun every
+    process calls it.
     """
     if out.resolve() == run.resolve():
         raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
@@ -35,32 +39,38 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
     config = parse(to_toml(tuned(begun_with)), f"sft of {run}", list(overrides))
     _check_overrides(config, begun_with, run)
     tokenizer = _tokenizer_of(run, config)
-    weights = checkpoint.newest(run, _warn)
-    if weights is None:
-        raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
-    training, held_out, too_long = open_chats(file, tokenizer, longest_of(config.stages))
-    if too_long:
-        _warn(f"left out {too_long:,} chats longer than the {longest_of(config.stages)} tokens of a row")
-    answers = _answers(held_out, config.train.eval_tokens, tokenizer)
-    if not any(override.partition("=")[0].strip() == "train.tokens" for override in overrides):
-        config = config.model_copy(
-            update={"train": config.train.model_copy(update={"tokens": budget(training, config)})}
-        )
-    with checkpoint.lock(out):
-        config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True, begun_with=run)
-        model, optimizers = build(config)
-        checkpoint.load_model_weights(weights.model, model)  # weights and routing bias: the optimizers begin anew
+    with joined(config.mesh.timeout) as everyone, ExitStack() as held:
+        weights = lead(lambda: checkpoint.newest(run, _warn), everyone)
+        if weights is None:
+            raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
+        longest = longest_of(config.stages)
+        training, held_out, too_long = together(lambda: open_chats(file, tokenizer, longest), everyone)
+        if too_long:
+            left_out = f"left out {too_long:,} chats longer than the {longest} tokens of a row"
+            lead(lambda: _warn(left_out), everyone)
+        answers = _answers(held_out, config.train.eval_tokens, tokenizer)
+        if not any(override.partition("=")[0].strip() == "train.tokens" for override in overrides):
+            budgeted = config.train.model_copy(update={"tokens": budget(training, config)})
+            config = config.model_copy(update={"train": budgeted})
+        world = divide(config, size_of(everyone)).world
+        lead(lambda: held.enter_context(checkpoint.lock(out)), everyone)
+        given = config, fingerprint_of(file), run / "tokenizer", file
+        config = lead(lambda: take_up(out, *given, chats=True, begun_with=run, ranks=world), everyone)
+        ranks = ranks_of(config)
+        model, optimizers = build(config, ranks)
+        # Weights and routing bias: the optimizers begin anew.
+        checkpoint.load_model_weights(weights.model, model, ranks=ranks)
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
 
         def evaluate(stage: int) -> float:
-            return answers_bits_per_byte(model, answers).bpb
+            return answers_bits_per_byte(model, answers, share=share_of(ranks)).bpb
 
         # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
         length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
         flops = [flops_per_token(config.model, length)] * len(config.stages)
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
         what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out"
-        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what)
+        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks)
 
 
 def tuned(config: Config) -> Config:
@@ -87,6 +97,7 @@ def tuned(config: Config) -> Config:
             "schedule": instructed,
             "data": DataConfig(),
             "stages": (stage.model_copy(update={"share": 1.0, "mixture": {}}),),
+            "mesh": MeshConfig(),  # of the processes that run now
         }
     )
 

@@ -57,6 +57,7 @@ class LLM:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         ranks: Ranks = ALONE,
+        averaged: bool = False,
         **options: Any,
     ) -> Self:
         """The newest checkpoint of RUN, on `device`, computing in `dtype`, else in what it was trained in.
@@ -66,7 +67,7 @@ class LLM:
 
         Raises BadInput when RUN is no run, has no whole checkpoint, or holds a tokenizer that is not the model's.
         """
-        model = load_model(run, device, dtype, ranks)
+        model = load_model(run, device, dtype, ranks, averaged)
         # Matrices rest in the precision they are multiplied in; norms and routers compute in FP32 and stay as they are.
         for module in model.modules():
             if isinstance(module, (Linear, Experts, nn.Embedding)):
@@ -149,9 +150,13 @@ def _drain(pieces: Pieces) -> Completion:
 
 
 def load_model(
-    run: Path | str, device: str = "auto", dtype: torch.dtype | None = None, ranks: Ranks = ALONE
+    run: Path | str,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
+    averaged: bool = False,
 ) -> Transformer:
-    """The newest checkpoint of RUN as a model, weights as they are stored. Raises BadInput.
+    """The newest checkpoint of RUN as a model, weights as they are stored, or their moving average. Raises BadInput.
 
     Where `ranks` has a tp axis, this rank's share of it: `parallel.tensor`.
     """
@@ -163,17 +168,17 @@ def load_model(
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    group = ranks.group("tp")
+    weights, group = checkpoint.weights(averaged), ranks.group("tp")
     if group is None:
         model = Transformer(config.model, dtype)
-        load_model_weights(checkpoint.model, model)
+        load_model_weights(weights, model)
         return model.to(place)
     with torch.device("meta"):  # the whole model may be more than this machine holds
         model = Transformer(config.model, dtype)
     cut_matrices(model, group).to_empty(device=ranks.device)
     for buffer in model.buffers():
         buffer.zero_()
-    load_shares(checkpoint.model, model, group.rank(), group.size())
+    load_shares(weights, model, group.rank(), group.size())
     return model
 
 

@@ -19,17 +19,20 @@ PLAIN_EVERY = 10.0  # seconds between lines where no terminal shows a bar
 
 
 class Log:
-    """`budget` in tokens; `peak` FLOP/s as measured, for the share of it that a run reaches."""
+    """`budget` in tokens; `peak` FLOP/s as measured, for the share of it that a run reaches.
 
-    def __init__(self, run: Path, budget: int, peak: float) -> None:
-        self.run, self.budget, self.peak = run, budget, peak
-        self.console = Console(stderr=True, highlight=False)
+    A `silent` one says and writes nothing: all ranks but one have it.
+    """
+
+    def __init__(self, run: Path, budget: int, peak: float, silent: bool = False) -> None:
+        self.run, self.budget, self.peak, self.silent = run, budget, peak, silent
+        self.console = Console(stderr=True, highlight=False, quiet=silent)
         self.live = self.console.is_terminal
         self.bpb: float | None = None
         self.last_line = 0.0
         self.tensorboard: Any = None
         columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(24), TextColumn("{task.fields[what]}"))
-        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=not self.live)
+        self.bar = Progress(*columns, TimeRemainingColumn(), console=self.console, disable=silent or not self.live)
         self.task = self.bar.add_task("train", total=budget, what="starting")
 
     def __enter__(self) -> Self:
@@ -80,9 +83,12 @@ class Log:
         self.bpb = bpb
         self._write({"step": step, "tokens": tokens, "bpb": bpb})
         self.say(f"step {step} · {tokens:,} tokens · validation {bpb:.4f} bits per byte")
-        plot_losses(self.run)
+        if not self.silent:
+            plot_losses(self.run)
 
     def _write(self, row: dict[str, Any]) -> None:
+        if self.silent:
+            return
         with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.tensorboard is None:

@@ -8,21 +8,26 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import median
 from types import FrameType
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.apply import forget_gathered
+from leanseek.parallel.mesh import ALONE, Ranks, lead
+from leanseek.parallel.watch import Waits, slowest
+from leanseek.train.average import Average
 from leanseek.train.log import Log
 from leanseek.train.schedule import knobs
 from leanseek.train.step import ANY, Limits, StepResult, train_step
@@ -30,6 +35,7 @@ from leanseek.train.step import ANY, Limits, StepResult, train_step
 MOST_ROLLBACKS = 10
 RECENT = 64  # steps whose median a spike is held against,
 FEWEST = 16  # and how many there must be
+MEASURED_EVERY = 100  # steps, one of which is watched for a rank that keeps the others waiting
 
 Ending = Literal["complete", "max_steps", "max_seconds", "interrupted"]
 
@@ -49,7 +55,7 @@ class Batches(Protocol):
     """A batch is a pure function of its place; see `data.loader`."""
 
     def samples(self, stage: int) -> int: ...
-    def batch(self, stage: int, sample: int, count: int) -> Batch: ...
+    def batch(self, stage: int, sample: int, count: int, rank: int = 0, ranks: int = 1) -> Batch: ...
 
 
 @dataclass
@@ -79,16 +85,21 @@ def train(
     evaluate: Callable[[int], float],
     flops_per_token: list[float],
     log: Log,
+    ranks: Ranks = ALONE,
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
     `evaluate(stage)` is the validation bpb at a stage's length; `flops_per_token` is by stage too. The same call on
-    the same RUN goes on from the newest whole checkpoint. Raises BadInput when training does not recover from non-
-    finite steps, OSError when a checkpoint cannot be written.
+    the same RUN goes on from the newest whole checkpoint. All `ranks` call it and agree on everything but the batch:
+    each reads its rows of it. Raises BadInput when training does not recover from non-finite steps, OSError when a
+    checkpoint cannot be written.
     """
     device = next(model.parameters()).device
-    progress = _resume(run, model, optimizers, log)
-    clock = _Clock(progress)
+    average = None if config.train.ema_decay is None else Average(model, config.train.ema_decay)
+    kept = Kept(run, model, optimizers, average, ranks)
+    saver = checkpoint.Saver(run, config.train.keep_checkpoints, ranks, config.train.background_saves)
+    progress = _resume(kept, log)
+    clock = _Clock(progress, ranks)
     saved: Progress | None = None if progress.step == 0 else replace(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
 
@@ -96,18 +107,19 @@ def train(
         nonlocal saved
         if saved != progress:
             clock.stamp(progress)
-            checkpoint.save(run, progress.step, model, optimizers, asdict(progress), config.train.keep_checkpoints)
+            saver.save(progress.step, model, optimizers, asdict(progress), kept.averaged)
             saved = replace(progress)
 
     def validate() -> None:
         if progress.bpb_step != progress.step:
             stage = min(progress.stage, len(config.stages) - 1)
             progress.bpb, progress.bpb_step = evaluate(stage), progress.step
+            forget_gathered(model)
             log.validation(progress.step, progress.tokens, progress.bpb)
 
     with _signals() as asked_to_stop:
         while True:
-            ending = _ending(config, progress, batches, clock, asked_to_stop)
+            ending = _ending(config, progress, batches, clock, ranks.any(bool(asked_to_stop)))
             # Before a validation, which may take long, and at step 0 too: there is always something to go back to.
             if ending is not None or (progress.step % config.train.checkpoint_every == 0 and not bad):
                 save()
@@ -128,18 +140,23 @@ def train(
             count = min(max(wanted, 1), batches.samples(progress.stage) - progress.sample)
             # Rates are read in the middle of the step: neither its first nor its last one is lost to a rate of zero.
             now = knobs(config.schedule, progress.tokens + count * length / 2, config.train.tokens)
-            batch = batches.batch(progress.stage, progress.sample, count)
+            batch = batches.batch(progress.stage, progress.sample, count, ranks.place["dp"], ranks.division.dp)
             ids, targets = torch.from_numpy(batch.ids).to(device), torch.from_numpy(batch.targets).to(device)
             positions, segments = (
                 None if array is None else torch.from_numpy(array).to(device)
                 for array in (batch.positions, batch.segments)
             )
-            limits = _limits(progress.recent, config.train.spike)
-            result = train_step(model, optimizers, ids, targets, now, config, positions, segments, limits=limits)
+            measured = ranks.world > 1 and (progress.step + 1) % MEASURED_EVERY == 0
+            with Waits(device) if measured else nullcontext() as waits:
+                limits = _limits(progress.recent, config.train.spike)
+                result = train_step(model, optimizers, ids, targets, now, config, positions, segments, ranks, limits)
+            if waits is not None and (slow := slowest(ranks.each(waits.own))):
+                log.say(f"step {progress.step + 1}: {slow}")
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count
-            flops = ids.numel() * flops_per_token[progress.stage]
+            tokens = count * length
+            flops = tokens * flops_per_token[progress.stage]
             progress.flops += flops
             if not result.finite or result.spike:
                 bad.append(window)
@@ -150,17 +167,51 @@ def train(
                         raise BadInput(
                             f"{run}: training does not recover after {MOST_ROLLBACKS} rollbacks: lower its rate"
                         )
-                    progress = _roll_back(run, model, optimizers, progress, bad, log)
+                    saver.wait()
+                    progress = _roll_back(kept, progress, bad, log)
                     bad = []
                 continue
             bad = []
+            if average is not None:
+                average.update(model)
             progress.step += 1
-            progress.tokens += ids.numel()
+            progress.tokens += tokens
             if config.train.spike is not None:
                 progress.recent = [*progress.recent, (result.loss, result.grad_norm)][-RECENT:]
             clock.stamp(progress)
-            log.step(progress, result, now, ids.numel(), flops, time.monotonic() - begun)
+            log.step(progress, result, now, tokens, flops, time.monotonic() - begun)
+    saver.wait()
     return progress, ending
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What the checkpoints of a run keep beside its progress."""
+
+    run: Path
+    model: Transformer
+    optimizers: list[Optimizer]
+    average: Average | None
+    ranks: Ranks
+
+    @property
+    def averaged(self) -> dict[str, Tensor] | None:
+        return None if self.average is None else self.average.weights
+
+    def restore(self, log: Log) -> Progress | None:
+        """From the newest whole checkpoint; None where there is none."""
+        newest = lead(lambda: checkpoint.newest(self.run, log.say), self.ranks.group("world"))
+        if newest is None:
+            return None
+        progress = Progress(**checkpoint.load(newest, self.model, self.optimizers, self.ranks, self.averaged))
+        progress.skipped_windows = [(stage, first, after) for stage, first, after in progress.skipped_windows]
+        progress.recent = [(loss, norm) for loss, norm in progress.recent]
+        return progress
+
+    def cut_metrics(self, progress: Progress) -> dict[str, float]:
+        """Cuts the log back to where the run is; returns what was spent in all."""
+        step, validated = progress.step, progress.bpb_step
+        return lead(lambda: checkpoint.cut_metrics(self.run, step, validated), self.ranks.group("world"))
 
 
 def _limits(recent: list[tuple[float, float]], spike: float | None) -> Limits:
@@ -180,7 +231,7 @@ def _wrong_with(result: StepResult, limits: Limits) -> str:
 
 
 def _ending(
-    config: Config, progress: Progress, batches: Batches, clock: "_Clock", asked_to_stop: list[int]
+    config: Config, progress: Progress, batches: Batches, clock: "_Clock", asked_to_stop: bool
 ) -> Ending | None:
     """Why to end here, if so; moves on to the next stage when one is used up."""
     while progress.stage < len(config.stages) and progress.sample >= batches.samples(progress.stage):
@@ -191,17 +242,16 @@ def _ending(
         return "interrupted"
     if config.train.max_steps is not None and progress.step >= config.train.max_steps:
         return "max_steps"
-    if config.train.max_seconds is not None and clock.seconds() >= config.train.max_seconds:
+    if config.train.max_seconds is not None and clock.any_past(config.train.max_seconds):
         return "max_seconds"
     return None
 
 
-def _resume(run: Path, model: Transformer, optimizers: list[Optimizer], log: Log) -> Progress:
-    newest = checkpoint.newest(run, log.say)
-    if newest is None:
+def _resume(kept: Kept, log: Log) -> Progress:
+    progress = kept.restore(log)
+    if progress is None:
         return Progress()
-    progress = _progress(checkpoint.load(newest, model, optimizers))
-    spent = checkpoint.cut_metrics(run, progress.step, progress.bpb_step)  # with what was lost since the checkpoint
+    spent = kept.cut_metrics(progress)  # with what was lost since the checkpoint
     progress.seconds = max(progress.seconds, spent["seconds"])
     progress.cpu_seconds = max(progress.cpu_seconds, spent["cpu_seconds"])
     progress.flops = max(progress.flops, spent["flops"])
@@ -211,28 +261,18 @@ def _resume(run: Path, model: Transformer, optimizers: list[Optimizer], log: Log
 
 
 def _roll_back(
-    run: Path,
-    model: Transformer,
-    optimizers: list[Optimizer],
+    kept: Kept,
     failed: Progress,
     bad: list[tuple[int, int, int]],
     log: Log,
 ) -> Progress:
     """Takes up the last checkpoint, with the windows of the bad steps marked to be skipped and the work billed."""
-    newest = checkpoint.newest(run, log.say)
-    assert newest is not None
-    progress = _progress(checkpoint.load(newest, model, optimizers))
+    progress = kept.restore(log)
+    assert progress is not None
     progress.skipped_windows = [*failed.skipped_windows, *bad]
     progress.skipped_steps, progress.flops = failed.skipped_steps, failed.flops
-    checkpoint.cut_metrics(run, progress.step, progress.bpb_step)
+    kept.cut_metrics(progress)
     log.say(f"{len(bad)} such steps in a row: back to step {progress.step}, from where their text will be left out")
-    return progress
-
-
-def _progress(state: dict[str, Any]) -> Progress:
-    progress = Progress(**state)
-    progress.skipped_windows = [(stage, first, after) for stage, first, after in progress.skipped_windows]
-    progress.recent = [(loss, norm) for loss, norm in progress.recent]
     return progress
 
 
@@ -244,17 +284,23 @@ def _skipped_until(progress: Progress) -> int | None:
 
 
 class _Clock:
-    """Wall and CPU seconds of the run: those of earlier processes and this one's."""
+    """Wall and CPU seconds of the run, the latter summed over ranks: those of earlier processes and of these."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Progress, ranks: Ranks) -> None:
         self.wall = time.monotonic() - progress.seconds
-        self.cpu = _cpu_seconds() - progress.cpu_seconds
+        self.cpu_before, self.cpu_at_start = progress.cpu_seconds, _cpu_seconds()
+        self.ranks = ranks
 
     def seconds(self) -> float:
         return time.monotonic() - self.wall
 
+    def any_past(self, limit: float) -> bool:
+        """Whether a rank has so many seconds behind it."""
+        return self.ranks.any(self.seconds() >= limit)
+
     def stamp(self, progress: Progress) -> None:
-        progress.seconds, progress.cpu_seconds = self.seconds(), _cpu_seconds() - self.cpu
+        mine = torch.tensor(_cpu_seconds() - self.cpu_at_start, dtype=torch.float64, device=self.ranks.device)
+        progress.seconds, progress.cpu_seconds = self.seconds(), self.cpu_before + self.ranks.total(mine).item()
 
 
 def _cpu_seconds() -> float:

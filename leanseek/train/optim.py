@@ -40,7 +40,12 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    adamw = AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    betas = config.beta1, config.beta2
+    adamw: Optimizer
+    if config.moments == "bf16":
+        adamw = BF16MomentsAdamW(groups, betas, config.eps)
+    else:
+        adamw = AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
     if config.name == "adamw":
         return [adamw]
     matrices: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
@@ -56,6 +61,36 @@ def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
+
+
+class BF16MomentsAdamW(Optimizer):
+    """AdamW whose two moments rest in BF16 and are computed with in at least FP32 (report §3.3.3)."""
+
+    def __init__(self, params: Iterable[Any], betas: tuple[float, float], eps: float) -> None:
+        super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            (beta1, beta2), rate = group["betas"], group["lr"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                state["step"] += 1
+                gradient, weights = local(p.grad), local(p)
+                mean, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                m = mean.to(weights.dtype).lerp_(gradient, 1 - beta1)
+                v = square.to(weights.dtype).mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+                mean.copy_(m)
+                square.copy_(v)
+                scale = v.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
+                weights.mul_(1 - rate * group["weight_decay"])
+                weights.addcdiv_(m, scale, value=-rate / (1 - beta1 ** state["step"]))
 
 
 class Muon(Optimizer):

@@ -1,9 +1,11 @@
 """Pre-training (report §4): puts model, optimizers, data and validation together and hands them to the loop."""
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch.optim import Optimizer
 
@@ -12,40 +14,64 @@ from leanseek.config import BadInput, Config
 from leanseek.data.loader import Loader
 from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
-from leanseek.eval.bpb import bits_per_byte
+from leanseek.eval.bpb import Share, bits_per_byte
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.plan.count import flops_per_token
 from leanseek.train.setup import build, take_up, train_and_bill
 
 
 def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
-    """Trains RUN from scratch or goes on where it stopped; returns its receipt. Raises BadInput, OSError."""
-    data = open_data(data_folder)
-    tokenizer = Tokenizer.load(data.tokenizer_folder)
-    config = _for_tokenizer(config, tokenizer)
-    with checkpoint.lock(run):
-        config = take_up(run, config, data.fingerprint, data.tokenizer_folder, data_folder)
-        return _train(config, data, tokenizer, run)
+    """Trains RUN from scratch or goes on where it stopped; returns its receipt. Raises BadInput, OSError.
+
+    Under torchrun every process calls it: they train together, as `config.mesh` says.
+    """
+    with joined(config.mesh.timeout) as everyone, ExitStack() as held:
+        data, tokenizer = together(lambda: _opened(data_folder), everyone)
+        config = _for_tokenizer(config, tokenizer)
+        world = divide(config, size_of(everyone)).world
+        lead(lambda: held.enter_context(checkpoint.lock(run)), everyone)
+        given = config, data.fingerprint, data.tokenizer_folder, data_folder
+        config = lead(lambda: take_up(run, *given, ranks=world), everyone)
+        return _train(config, data, tokenizer, run, ranks_of(config))
 
 
-def assemble(config: Config, data: Data, tokenizer: Tokenizer) -> tuple[Transformer, list[Optimizer], Loader]:
+def _opened(folder: Path) -> tuple[Data, Tokenizer]:
+    data = open_data(folder)
+    return data, Tokenizer.load(data.tokenizer_folder)
+
+
+def assemble(
+    config: Config, data: Data, tokenizer: Tokenizer, ranks: Ranks = ALONE
+) -> tuple[Transformer, list[Optimizer], Loader]:
     """What a run begins with: the initialised model on its device, its optimizers, and the batches."""
-    model, optimizers = build(config)
+    model, optimizers = build(config, ranks)
     loader = Loader(data, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
     return model, optimizers, loader
 
 
-def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
-    model, optimizers, loader = assemble(config, data, tokenizer)
+def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path, ranks: Ranks) -> dict[str, Any]:
+    model, optimizers, loader = assemble(config, data, tokenizer, ranks)
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
-        return bits_per_byte(model, documents, config.stages[stage].sequence_length, tokenizer.bos_id).bpb
+        length = config.stages[stage].sequence_length
+        return bits_per_byte(model, documents, length, tokenizer.bos_id, share=share_of(ranks)).bpb
 
     flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"
-    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text)
+    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, ranks)
+
+
+def share_of(ranks: Ranks) -> Share:
+    """Which part of a validation this rank computes."""
+
+    def total(value: float) -> float:
+        return ranks.total(torch.tensor(value, dtype=torch.float64, device=ranks.device), "batch").item()
+
+    division, place = ranks.division, ranks.place
+    return Share(place["dp"] * division.cp + place["cp"], division.dp * division.cp, total)
 
 
 def _for_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:

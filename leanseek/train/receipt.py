@@ -9,10 +9,10 @@ from leanseek.plan.count import h800_cost, parameters
 from leanseek.train.loop import Ending, Progress
 
 
-def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending) -> dict[str, Any]:
+def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending, devices: int = 1) -> dict[str, Any]:
     """Writes `receipt.json`; lost and skipped work is in flops, seconds and cost, not in tokens."""
     counted = parameters(config.model)
-    hours = progress.seconds / 3600  # one device
+    hours = progress.seconds / 3600 * devices
     h800_hours, h800_usd = h800_cost(progress.flops)
     receipt = {
         "tokens": progress.tokens,

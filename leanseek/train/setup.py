@@ -12,6 +12,8 @@ from leanseek import checkpoint
 from leanseek.config import BadInput, Config, TrainConfig
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.apply import parallelize
+from leanseek.parallel.mesh import ALONE, Ranks, lead
 from leanseek.plan.count import training_bytes
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import Log
@@ -31,6 +33,7 @@ def take_up(
     data: Path,
     chats: bool = False,
     begun_with: Path | None = None,
+    ranks: int = 1,
 ) -> Config:
     """The configuration to train RUN with: the stored one where RUN is this very run, else RUN is made, with `config`.
 
@@ -40,7 +43,7 @@ def take_up(
     stored = checkpoint.check_run(run, config, data_fingerprint)
     if stored is None:
         config = config.model_copy(update={"train": settled(config.train)})
-        _check_memory(config)
+        _check_memory(config, ranks)
         if checkpoint.is_import(run):
             if not _same_tokenizer(run / "tokenizer", tokenizer):
                 kept = run / "tokenizer"
@@ -57,19 +60,20 @@ def take_up(
     return config
 
 
-def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
-    """The initialised model on its device, which is made ready for it, and the optimizers."""
+def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optimizer]]:
+    """The initialised model on its device, which is made ready for it, and the optimizers: of many ranks one's part."""
     if config.train.device == "cpu":
         ready_cpu()
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
-    model.to(config.train.device)
-    optimizers = build_optimizers(model, config.optimizer)
-    if config.optimizer.qk_clip is not None:
-        watch_logits(model)
+    model.to(ranks.device if ranks.meshes else config.train.device)
     if config.train.compile:
         for block in model.layers.values():
             block.compile()
+    model = parallelize(model, config, ranks)
+    optimizers = build_optimizers(model, config.optimizer, ranks)
+    if config.optimizer.qk_clip is not None:
+        watch_logits(model)
     return model, optimizers
 
 
@@ -82,14 +86,16 @@ def train_and_bill(
     evaluate: Callable[[int], float],
     flops_per_token: list[float],
     what: str,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on."""
     device = torch.device(config.train.device)
-    peak = matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192)
-    with Log(run, config.train.tokens, peak) as log:
-        log.say(f"{run}: {config.train.tokens:,} tokens, {what}, on {device.type} in {config.train.dtype}")
-        progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log)
-    return write_receipt(run, config, progress, ending)
+    peak = torch.tensor(matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192), device=ranks.device)
+    with Log(run, config.train.tokens, ranks.total(peak).item(), silent=not ranks.first) as log:
+        where = f"on {device.type} in {config.train.dtype}{ranks.named()}"
+        log.say(f"{run}: {config.train.tokens:,} tokens, {what}, {where}")
+        progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log, ranks)
+    return lead(lambda: write_receipt(run, config, progress, ending, ranks.world), ranks.group("world"))
 
 
 def settled(train: TrainConfig) -> TrainConfig:
@@ -106,13 +112,13 @@ def _same_tokenizer(a: Path, b: Path) -> bool:
     return Tokenizer.load(a).fingerprint == Tokenizer.load(b).fingerprint
 
 
-def _check_memory(config: Config) -> None:
+def _check_memory(config: Config, ranks: int) -> None:
     """Refuses, before anything is allocated, a model whose weights, gradients and moments cannot fit."""
     if config.train.device == "cuda":
-        there = torch.cuda.get_device_properties(0).total_memory
+        there = torch.cuda.get_device_properties(0).total_memory * ranks
     else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
+        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of all processes
+    needed = config.mesh.replicate * training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
     if needed > there:
         raise BadInput(
             f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "
