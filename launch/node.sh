@@ -17,6 +17,7 @@ set -euo pipefail
 : "${PYTHON:=python}"
 
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-600}" # seconds from SIGTERM to SIGKILL: a step and a checkpoint
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else processes find the addresses of those before the restart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 exec "$PYTHON" -m torch.distributed.run \

@@ -264,8 +264,13 @@ def joined(timeout: float) -> Iterator[dist.ProcessGroup | None]:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
     record_collectives()
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-    rank = dist.get_rank()
+    limit = timedelta(seconds=timeout)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=limit)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun keeps its store through restarts: processes would find the addresses of those before them. Over
+        # several machines, whose counts may differ, launch/node.sh has it make a new one.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         with watching(timeout, lambda line: print(f"leanseek: rank {rank}: {line}", file=sys.stderr, flush=True)):
             yield dist.group.WORLD
