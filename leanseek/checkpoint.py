@@ -41,6 +41,7 @@ from leanseek.config import BadInput, Config, ModelConfig, differences, read_con
 from leanseek.ops.fp8 import SCALE, dequantise
 from leanseek.parallel.mesh import ALONE, Ranks, everyones, lead
 from leanseek.parallel.parts import Part, gathered, local, parts
+from leanseek.parallel.tensor import cut, share
 from leanseek.weightfiles import open_folder
 
 FORMAT_VERSION = 1
@@ -402,6 +403,32 @@ def load_model_weights(folder: Path, model: nn.Module, same_dtype: bool = False,
         dtypes = [(name, stored[name].dtype, target[name].dtype) for name in target]
         _refuse(folder, "wrong dtype of", [f"{name} ({a}, here {b})" for name, a, b in dtypes if a != b])
     _read_parts(folder, target, own)
+
+
+def load_shares(folder: Path, model: nn.Module, rank: int, ways: int) -> None:
+    """Fill a model cut by `parallel.tensor`, in place, with a rank's shares of the tensors of a folder.
+
+    Memory holds the model and one matrix. Raises BadInput as `load_model_weights` does, before anything is filled.
+    """
+    target, stored = model.state_dict(), open_folder(folder)
+    _refuse(folder, "missing", [name for name in target if name not in stored])
+    known = {*target, *(name + SCALE for name in target)}
+    _refuse(folder, "unexpected", [name for name in stored if name not in known])
+    for name, tensor in target.items():
+        shape = list(tensor.shape)
+        if how := cut(name):
+            shape[how[0]] *= ways
+        if shape != list(stored[name].shape):
+            _refuse(folder, "wrong shape of", [f"{name} ({list(stored[name].shape)}, here {shape})"])
+    for name, tensor in target.items():
+        matrices = [tensor] if tensor.dim() < 3 else [each[None] for each in tensor]
+        for index, matrix in enumerate(matrices):
+            values = stored[name].read(index, len(matrices))
+            if scales := stored.get(name + SCALE):
+                own = scales.read(index, len(matrices))
+                values = dequantise(values, own.view(-1, *scales.shape[-2:]) if len(scales.shape) == 3 else own)
+            values = values.view(1, *values.shape[-2:]) if tensor.dim() == 3 else values
+            matrix.copy_(share(name, values, rank, ways))
 
 
 # ── optimizers: state by parameter name ───────────────────────────────────────────────────────────────────────────

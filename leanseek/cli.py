@@ -227,16 +227,20 @@ def generate(
 ) -> None:
     """One completion of a prompt."""
     import leanseek
-    from leanseek.checkpoint import chats
+    from leanseek.checkpoint import chats, read_run
+    from leanseek.parallel.mesh import joined, serving_ranks
     from leanseek.serve.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, max_tokens, tuple(stop or ()), seed)
-    llm = leanseek.load(run)
-    if raw or not chats(run):
-        completion, before = llm.generate(prompt, sampling), prompt
-    else:
-        completion, before = llm.chat([{"role": "user", "content": prompt}], sampling), ""
-    print(json.dumps(asdict(completion)) if as_json else before + completion.text)
+    with joined(timeout=600):
+        ranks = serving_ranks(read_run(run))
+        llm = leanseek.load(run, ranks)
+        if raw or not chats(run):
+            completion, before = llm.generate(prompt, sampling), prompt
+        else:
+            completion, before = llm.chat([{"role": "user", "content": prompt}], sampling), ""
+    if ranks.first:
+        print(json.dumps(asdict(completion)) if as_json else before + completion.text)
 
 
 @app.command()

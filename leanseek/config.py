@@ -150,7 +150,10 @@ class TrainConfig(Section):
     keep_checkpoints: int = Field(2, gt=0)
     eval_every: int = Field(100, gt=0)  # optimizer steps
     eval_tokens: int = Field(131072, gt=0)  # validation text scored each time, always the same documents
-    rollback_after: int = Field(3, gt=0)  # non-finite steps in a row before the last checkpoint is taken up again
+    rollback_after: int = Field(3, gt=0)  # skipped steps in a row before the last checkpoint is taken up again
+    # × the median of the last steps, above which a loss or gradient norm is a spike, and its step skipped like one that
+    # is not finite
+    spike: float | None = Field(None, gt=1)
     # What is computed again backward instead of being kept: `selective` as V3, the norms and MLA's up-projections
     # (report §3.2.3); `full`: each block.
     recompute: Literal["none", "selective", "full"] = "none"

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import resource
 import shutil
@@ -328,16 +329,16 @@ def test_a_checkpoint_that_forgot_something_would_be_noticed(
 
 
 @pytest.fixture
-def poison(monkeypatch: pytest.MonkeyPatch, data: Path) -> Callable[[range], None]:
-    """Makes the loss of the given samples NaN, wherever in the run they come up."""
+def poison(monkeypatch: pytest.MonkeyPatch, data: Path) -> Callable[..., None]:
+    """Multiplies the loss of the given samples by NaN, wherever in the run they come up."""
 
-    def arrange(samples: range) -> None:
+    def arrange(samples: range, by: float = math.nan) -> None:
         bad: set[bytes] = set()
         loss_sums = step.loss_sums
 
         def poisoned(model: Any, ids: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
             losses = loss_sums(model, ids, *others)
-            return [loss * float("nan") for loss in losses] if ids[0].numpy().tobytes() in bad else losses
+            return [loss * by for loss in losses] if ids[0].numpy().tobytes() in bad else losses
 
         opened, config = open_data(data), config_of()
         loader = Loader(
@@ -350,7 +351,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, data: Path) -> Callable[[range], Non
     return arrange
 
 
-def test_a_single_bad_step_is_skipped_and_counted(poison: Callable[[range], None], data: Path, tmp_path: Path) -> None:
+def test_a_single_bad_step_is_skipped_and_counted(poison: Callable[..., None], data: Path, tmp_path: Path) -> None:
     poison(range(8 * 6, 8 * 7, 8))
     receipt = pretrain(config_of(), data, tmp_path / "run")
     assert receipt["skipped_steps"] == 1
@@ -360,7 +361,7 @@ def test_a_single_bad_step_is_skipped_and_counted(poison: Callable[[range], None
 
 
 def test_repeated_bad_steps_roll_back_and_leave_that_text_out(
-    poison: Callable[[range], None], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    poison: Callable[..., None], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(range(8 * 7, 8 * 10, 8))  # steps 8, 9 and 10; the checkpoint before is of step 5
     run = tmp_path / "run"
@@ -376,12 +377,23 @@ def test_repeated_bad_steps_roll_back_and_leave_that_text_out(
 
 
 def test_training_that_never_recovers_says_so(
-    poison: Callable[[range], None], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    poison: Callable[..., None], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loop, "MOST_ROLLBACKS", 2)
     poison(range(0, 8 * STEPS, 8))
     with pytest.raises(BadInput, match="does not recover"):
         pretrain(config_of(), data, tmp_path / "run")
+
+
+def test_a_spike_is_skipped_and_one_that_nobody_guards_against_is_not(
+    poison: Callable[..., None], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(range(8 * 18, 8 * 19, 8), 20.0)  # step 19, when there are enough to compare it with
+    receipt = pretrain(config_of("train.spike=3"), data, tmp_path / "run")
+    assert (receipt["skipped_steps"], receipt["steps"]) == (1, STEPS - 1)
+    assert "step 19: a spike: loss " in capsys.readouterr().err
+    assert pretrain(config_of("train.spike=100"), data, tmp_path / "loose")["skipped_steps"] == 0
+    assert pretrain(config_of(), data, tmp_path / "free")["skipped_steps"] == 0
 
 
 # ── bad input, and machines that are too small ────────────────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ LATENT_NORM_EPS = 1e-6  # the released code gives its latent norms this constant
 
 
 class LatentCache(Protocol):
-    """What one layer keeps of the tokens it has seen."""
+    """What one layer knows of a row's other tokens: those it has seen, or those that other ranks hold."""
 
     def append(self, latent: Tensor, rope_key: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the new tokens' latent [B, T, C] and key [B, T, R]; returns all tokens', [B, S, C] and [B, S, R]."""
@@ -31,11 +31,11 @@ class LatentCache(Protocol):
 class MLA(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
         self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.v_head_dim, self.kv_lora_rank = config.v_head_dim, config.kv_lora_rank
         self.scale = softmax_scale(config)
-        queries = self.heads * config.qk_head_dim
+        heads = config.num_attention_heads
+        queries = heads * config.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = Linear(config.hidden_size, queries)
         else:
@@ -45,10 +45,15 @@ class MLA(nn.Module):
         self.compresses_queries = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(self.kv_lora_rank, self.heads * (self.qk_nope_head_dim + self.v_head_dim))
-        self.o_proj = Linear(self.heads * self.v_head_dim, config.hidden_size)
+        self.kv_b_proj = Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim))
+        self.o_proj = Linear(heads * self.v_head_dim, config.hidden_size)
         # Step-scoped, read and cleared by QK-clip; nothing is measured while it is None.
         self.largest_logits: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """Those whose weights are here: all, or this rank's."""
+        return self.kv_b_proj.weight.shape[0] // (self.qk_nope_head_dim + self.v_head_dim)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: LatentCache | None = None
@@ -62,7 +67,7 @@ class MLA(nn.Module):
         latent, k_rope = self.compress(x, rope)
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)
-        absorb = cache is not None and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
+        absorb = cache is not None and not self.training and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
         heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 

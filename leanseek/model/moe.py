@@ -51,6 +51,8 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        # Puts a sequence's counts together where its tokens lie on several ranks; parallelism sets it.
+        self.complete: Callable[[Tensor], Tensor] | None = None
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
         self.e_score_correction_bias: Tensor | None
@@ -69,7 +71,10 @@ class Router(nn.Module):
             scores = self.scores(F.linear(x.to(precise), self.weight.to(precise)))  # [B, T, E]
         experts, weights = self.select(scores.flatten(0, 1))
         if self.training:
-            loss = sequence_balance_loss(scores, self.config.num_experts_per_tok).sum() * self.balance_weight
+            loss = (
+                sequence_balance_loss(scores, self.config.num_experts_per_tok, self.complete).sum()
+                * self.balance_weight
+            )
             weights = _JoinLoss.apply(weights, loss, self.balance_loss)
         return experts, weights
 
@@ -136,17 +141,21 @@ class LocalDispatcher:
         return unpermute(rows, way_back, weights)
 
 
-def sequence_balance_loss(scores: Tensor, k: int) -> Tensor:
+def sequence_balance_loss(scores: Tensor, k: int, complete: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Σᵢ fᵢ Pᵢ of each sequence (report eq. 17-20): scores [B, T, E] → [B].
 
     f, E ÷ K times the share of tokens that would choose expert i by raw score, carries no gradient; P, the mean
-    normalised score, does. The sum is 1 when the load is even.
+    normalised score, does. The sum is 1 when the load is even. Of a sequence that is cut, `complete` makes its counts
+    [B, E] of those of a piece; each piece then has its own tokens' share of the loss.
     """
-    tokens, n_experts = scores.shape[1:]
+    n_experts = scores.shape[-1]
     chosen = scores.detach().topk(k, dim=-1).indices.flatten(1)  # [B, T·K]: no bias, no groups
     frequency = torch.zeros_like(scores[:, 0]).scatter_add_(1, chosen, scores.new_ones(()).expand(chosen.shape))
-    probability = (scores / scores.sum(dim=-1, keepdim=True)).mean(dim=1)
-    return (frequency * (n_experts / (k * tokens)) * probability).sum(dim=-1)
+    if complete is not None:
+        frequency = complete(frequency)
+    tokens = frequency.sum(dim=-1, keepdim=True) / k  # [B, 1]
+    probability = (scores / scores.sum(dim=-1, keepdim=True)).sum(dim=1) / tokens
+    return (frequency * (n_experts / k) / tokens * probability).sum(dim=-1)
 
 
 def updated_bias(bias: Tensor, load: Tensor, speed: float, centred: bool = False) -> Tensor:

@@ -30,12 +30,13 @@ class MTPModule(nn.Module):
         hidden: Tensor,
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
+        cache: LatentCache | None = None,
     ) -> Tensor:
         """embedding of token i + k and hidden state i of the depth before, both [B, T, D] → [B, T, D].
 
         The result is normed: it goes to the head, and to the next depth, as the main model's own final state does.
         """
-        return self.norm(self.block(self.join(embedding, hidden), rope, mask))
+        return self.norm(self.block(self.join(embedding, hidden), rope, mask, cache))
 
     def remember(self, embedding: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> None:
         """Keeps what later tokens will look back to, and computes nothing else: most of a module's work is for its

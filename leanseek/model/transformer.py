@@ -56,21 +56,29 @@ class Transformer(nn.Module):
         return hidden if self.norm is None else self.norm(hidden)
 
     def predict_further(
-        self, hidden: Tensor, ids: Tensor, positions: Tensor, segments: Tensor | None = None
+        self,
+        hidden: Tensor,
+        ids: Tensor | Sequence[Tensor],
+        positions: Tensor,
+        segments: Tensor | None = None,
+        cache: LatentCache | None = None,
     ) -> list[Tensor]:
         """The MTP modules in training: hidden [B, T, D] and ids [B, T] of a row → for depth k = 1, 2, … [B, T − k, D].
 
-        Position i of depth k predicts token i + k + 1 of the row.
+        Position i of depth k predicts token i + k + 1 of the row. Of a row that is cut, `ids` are for each depth those
+        of the tokens k places on, [B, ≤ T], and `cache` knows the other pieces.
         """
         if not self.mtp:
             return []
         assert self.embed_tokens is not None
-        embedded, further = self.embed_tokens(ids).to(self.dtype), []
-        for k, module in enumerate(self.mtp.values(), start=1):
-            kept = ids.shape[1] - k
+        following = [ids[:, k:] for k in range(1, len(self.mtp) + 1)] if isinstance(ids, Tensor) else ids
+        further = []
+        for module, tokens in zip(self.mtp.values(), following, strict=True):
+            kept = tokens.shape[1]
             where = positions[:, :kept]
-            mask = attention_mask(where, None if segments is None else segments[:, :kept], cached=False)
-            hidden = module(embedded[:, k:], hidden[:, :kept], rotary(where, self.config), mask)
+            mask = attention_mask(where, None if segments is None else segments[:, :kept], cached=cache is not None)
+            embedded = self.embed_tokens(tokens).to(self.dtype)
+            hidden = module(embedded, hidden[:, :kept], rotary(where, self.config), mask, cache)
             further.append(hidden)
         return further
 

@@ -1,8 +1,10 @@
 """From a plain Transformer to one that many ranks compute together, by functions applied from outside, in this order:
 
-1. experts are spread over ep, and their dispatcher brings the tokens to them (`parallel.expert`);
-2. what is to be recomputed backward is marked;
-3. FSDP shares weights, gradients and optimizer states, block by block.
+1. matrices are cut over tp (`parallel.tensor`);
+2. the balance loss is told of rows that are cut over cp (`parallel.context`);
+3. experts are spread over ep, and their dispatcher brings the tokens to them (`parallel.expert`);
+4. what is to be recomputed backward is marked;
+5. FSDP shares weights, gradients and optimizer states, block by block.
 
 The model stays the one-device code it was, and with one rank it is returned as it is.
 
@@ -29,9 +31,11 @@ from leanseek.model.block import Block
 from leanseek.model.mla import MLA
 from leanseek.model.moe import Experts, MoE
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.context import cut_rows
 from leanseek.parallel.deepep import DeepEPDispatcher, buffer_of
 from leanseek.parallel.expert import ParallelDispatcher, Traffic, spread_experts
 from leanseek.parallel.mesh import Ranks
+from leanseek.parallel.tensor import cut_matrices
 
 
 def parallelize(
@@ -41,6 +45,10 @@ def parallelize(
 
     It may have only some layers already; `stages` are then the modules that are called instead of it.
     """
+    if (heads := ranks.group("tp")) is not None:
+        cut_matrices(model, heads)
+    if (rows := ranks.group("cp")) is not None:
+        cut_rows(model, rows)
     if ranks.division.ep > 1:
         traffic, buffer = Traffic(), buffer_of(ranks, config.model.hidden_size)
         for moe in [module for module in model.modules() if isinstance(module, MoE)]:

@@ -17,19 +17,21 @@ and every sum is what it was.
 import itertools
 import math
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from leanseek.config import BadInput, Config, ModelConfig
+from leanseek.config import BadInput, Config, MeshConfig, ModelConfig
 from leanseek.parallel.timetable import stages_of
+from leanseek.parallel.watch import record_collectives, watching
 
 T = TypeVar("T")
 
@@ -107,9 +109,9 @@ def wrong_with(division: Division, config: Config, world: int) -> str | None:
         return f"pp {d.pp} makes {stages_in(d.pp, config)} stages of {model.num_hidden_layers} layers"
     if d.pp > 1 and d.cp > 1:
         return f"pp {d.pp} and cp {d.cp} do not go together yet: one of them must be 1"
-    odd = [stage.sequence_length for stage in config.stages if stage.sequence_length % d.cp]
+    odd = [stage.sequence_length for stage in config.stages if stage.sequence_length % (2 * d.cp) and d.cp > 1]
     if odd:
-        return f"cp {d.cp} does not divide rows of {odd[0]} tokens"
+        return f"cp {d.cp} makes no {2 * d.cp} equal pieces of rows of {odd[0]} tokens"
     return None
 
 
@@ -211,6 +213,13 @@ class Ranks:
         """The largest value over the ranks of an axis, element by element, in place."""
         return self._reduce(tensor, dist.ReduceOp.MAX, axis)
 
+    def each(self, value: float) -> list[float]:
+        """Every rank's value, by rank."""
+        told = torch.zeros(self.world, dtype=torch.float64, device=self.device)
+        told[self.rank] = value
+        values: list[float] = self.total(told).tolist()
+        return values
+
     def any(self, answer: bool) -> bool:
         """Whether any rank says yes: what all then act on."""
         return bool(self.largest(torch.tensor(int(answer), device=self.device)))
@@ -276,9 +285,17 @@ def joined(timeout: float) -> Iterator[dist.ProcessGroup | None]:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    record_collectives()
+    limit = timedelta(seconds=timeout)
+    store, rank, world = next(iter(dist.rendezvous("env://", timeout=limit)))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun keeps its store through restarts: processes would find the addresses of those before them. Over
+        # several machines, whose counts may differ, launch/node.sh has it make a new one.
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
-        yield dist.group.WORLD
+        with watching(timeout, lambda line: print(f"leanseek: rank {rank}: {line}", file=sys.stderr, flush=True)):
+            yield dist.group.WORLD
     finally:
         dist.destroy_process_group()
 
@@ -294,6 +311,14 @@ def ranks_of(config: Config) -> Ranks:
         device = torch.device("cuda", torch.cuda.current_device())
     files = dist.new_group(backend="gloo")
     return Ranks(division, dist.get_rank(), device, meshes_of(division, device.type), files)
+
+
+def serving_ranks(config: Config) -> Ranks:
+    """All joined processes as one tp axis, for a model that one device cannot hold. Raises BadInput."""
+    mesh = MeshConfig(tp=dist.get_world_size() if dist.is_initialized() else 1)
+    device: Literal["cuda", "cpu"] = "cuda" if torch.cuda.is_available() else "cpu"
+    train = config.train.model_copy(update={"device": device})
+    return ranks_of(config.model_copy(update={"mesh": mesh, "train": train}))
 
 
 def lead(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:

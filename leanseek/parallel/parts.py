@@ -5,7 +5,7 @@ of a tensor are on the ranks of one `shard` group: copies of the experts × ep f
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from leanseek.model.moe import Experts
 from leanseek.parallel.expert import ParallelDispatcher
 from leanseek.parallel.mesh import Ranks
+from leanseek.parallel.tensor import cut
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,17 @@ def scale_rows(weight: Tensor, factors: Tensor) -> None:
     local(weight).mul_(factors[first : first + rows, None])
 
 
-def norm_of(gradients: Iterable[Tensor], ranks: Ranks) -> Tensor:
-    """The norm of all gradients of all ranks, each value counted once."""
-    own = torch.nn.utils.get_total_norm([local(gradient) for gradient in gradients])
-    return ranks.total(ranks.total(own.square(), "shard"), "pp").sqrt()
+def norm_of(gradients: dict[str, Tensor], ranks: Ranks) -> Tensor:
+    """The norm of all gradients, by the parameters' names, of all ranks, each value counted once."""
+
+    def square(names: list[str]) -> Tensor:
+        return torch.nn.utils.get_total_norm([local(gradients[name]) for name in names]).square()
+
+    cut_ones = [name for name in gradients if cut(name) and ranks.division.tp > 1]
+    own = square([name for name in gradients if name not in cut_ones])
+    if cut_ones:
+        own = own + ranks.total(square(cut_ones), "tp")
+    return ranks.total(ranks.total(own, "shard"), "pp").sqrt()
 
 
 def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ comes out is what a unit reaches, not the mean of a day. C latent width · R rot
 from dataclasses import dataclass
 
 from leanseek.config import BadInput, ModelConfig
+from leanseek.parallel.placement import places
 from leanseek.plan.count import cache_bytes_per_token, parameters, pieces
 from leanseek.plan.estimate import EXCHANGE_UNITS, MATMUL, MEMORY, Stack, matmuls, piece_times
 from leanseek.plan.hardware import Hardware
@@ -121,8 +122,9 @@ def _decode_seconds(
 
 
 def _spread(model: ModelConfig, gpus: int) -> int:
-    """Over how many devices experts are spread: all, up to one expert each; redundant copies even out the rest."""
-    return min(gpus, model.n_routed_experts)
+    """Over how many devices the experts count as spread. Where they do not go up evenly, each device holds a whole
+    number all the same, and copies of busy ones fill the places that are left (`parallel.placement`)."""
+    return model.n_routed_experts // places(model.n_routed_experts, gpus)
 
 
 def _weights_per_device(model: ModelConfig, hardware: Hardware, gpus: int) -> float:

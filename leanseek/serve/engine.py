@@ -19,6 +19,7 @@ from torch import Tensor
 from leanseek.config import BadInput, ModelConfig
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.serve.cache import PAGE, Cache
 from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Now, Runner
@@ -115,7 +116,8 @@ class Engine:
 
     max_running: texts that are stepped together. cache_tokens: places in the cache; unless told as many as all of them
     could fill, and at most a quarter of the memory at hand. chunk: tokens of prompts read between two steps. speculate:
-    draft with the MTP module, if there is one.
+    draft with the MTP module, if there is one. ranks: those that the model is cut over (`parallel.tensor`); each has an
+    engine, and all engines are asked the same.
     Raises BadInput when model and tokenizer do not belong together.
     """
 
@@ -127,6 +129,7 @@ class Engine:
         cache_tokens: int | None = None,
         chunk: int = 512,
         speculate: bool = True,
+        ranks: Ranks = ALONE,
     ) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         _check(model.config, tokenizer)
@@ -134,10 +137,12 @@ class Engine:
             if value is not None and value < 1:
                 raise BadInput(f"{name} must be at least 1, got {value}")
         self.device = next(model.parameters()).device
-        self.runner = Runner(model)
+        self.ranks = ranks
+        self.runner = Runner(model, ranks)
         self.speculates = speculate and self.runner.mtp is not None
         if cache_tokens is None:
             cache_tokens = _affordable(model.config, max_running, self.runner.dtype, self.device)
+            cache_tokens = -int(ranks.largest(torch.tensor(-cache_tokens, device=self.device), "tp"))  # what all afford
         pages = -(-cache_tokens // PAGE)
         self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates)
         self.scheduler = Scheduler(Pages(pages, PAGE), max_running, chunk, ahead=1 if self.speculates else 0)
@@ -217,7 +222,7 @@ class Engine:
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(weights[name])
-        self.runner = Runner(self.model)
+        self.runner = Runner(self.model, self.ranks)
         self.cache = self.cache.emptied()
         self.scheduler.start_over()
 

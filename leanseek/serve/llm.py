@@ -10,12 +10,14 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from leanseek.checkpoint import load_model_weights, newest, read_run
+from leanseek.checkpoint import load_model_weights, load_shares, newest, read_run
 from leanseek.config import BadInput
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import ALONE, Ranks
+from leanseek.parallel.tensor import cut_matrices
 from leanseek.serve.engine import Engine, Request
 from leanseek.serve.sampling import Sampling
 
@@ -54,20 +56,24 @@ class LLM:
         run: Path | str,
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        ranks: Ranks = ALONE,
         averaged: bool = False,
         **options: Any,
     ) -> Self:
         """The newest checkpoint of RUN, on `device`, computing in `dtype`, else in what it was trained in.
 
+        Where `ranks` has a tp axis, each of its ranks holds a share of the matrices; all must then be asked the same,
+        and all give the same answer.
+
         Raises BadInput when RUN is no run, has no whole checkpoint, or holds a tokenizer that is not the model's.
         """
-        model = load_model(run, device, dtype, averaged=averaged)
+        model = load_model(run, device, dtype, ranks, averaged)
         # Matrices rest in the precision they are multiplied in; norms and routers compute in FP32 and stay as they are.
         for module in model.modules():
             if isinstance(module, (Linear, Experts, nn.Embedding)):
                 module.to(model.dtype)
         try:
-            return cls(model, Tokenizer.load(Path(run) / "tokenizer"), **options)
+            return cls(model, Tokenizer.load(Path(run) / "tokenizer"), ranks=ranks, **options)
         except BadInput as error:
             raise BadInput(f"{run}: {error}") from None
 
@@ -144,9 +150,16 @@ def _drain(pieces: Pieces) -> Completion:
 
 
 def load_model(
-    run: Path | str, device: str = "auto", dtype: torch.dtype | None = None, averaged: bool = False
+    run: Path | str,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    ranks: Ranks = ALONE,
+    averaged: bool = False,
 ) -> Transformer:
-    """The newest checkpoint of RUN as a model, weights as they are stored, or their moving average. Raises BadInput."""
+    """The newest checkpoint of RUN as a model, weights as they are stored, or their moving average. Raises BadInput.
+
+    Where `ranks` has a tp axis, this rank's share of it: `parallel.tensor`.
+    """
     run = Path(run)
     config = read_run(run)
     place = _device(device)
@@ -155,9 +168,18 @@ def load_model(
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
-    model = Transformer(config.model, dtype)
-    load_model_weights(checkpoint.weights(averaged), model)
-    return model.to(place)
+    weights, group = checkpoint.weights(averaged), ranks.group("tp")
+    if group is None:
+        model = Transformer(config.model, dtype)
+        load_model_weights(weights, model)
+        return model.to(place)
+    with torch.device("meta"):  # the whole model may be more than this machine holds
+        model = Transformer(config.model, dtype)
+    cut_matrices(model, group).to_empty(device=ranks.device)
+    for buffer in model.buffers():
+        buffer.zero_()
+    load_shares(weights, model, group.rank(), group.size())
+    return model
 
 
 def _device(name: str) -> torch.device:

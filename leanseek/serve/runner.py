@@ -10,6 +10,7 @@ V widths of a head · C kv_lora_rank · E experts.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from leanseek.model.moe import MoE
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import rotary
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.serve.cache import Cache, Places
 
 # Elements of a matrix up to which calls cost more than bytes: products are taken ahead, BF16 is widened.
@@ -35,17 +37,18 @@ WIDE_LAYER = 1 << 26  # elements of a layer's experts that may be kept a second 
 class Runner:
     """Steps `model` without changing it. It copies weights: make a new one when they have changed."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, ranks: Ranks = ALONE) -> None:
         assert model.embed_tokens is not None
         assert model.norm is not None
         assert model.lm_head is not None
-        self.embedding, self.heads = model.embed_tokens.weight.detach(), model.config.num_attention_heads
+        self.embedding = model.embed_tokens.weight.detach()
         self.dtype = between(self.embedding.device, model.dtype)  # of activations, and of the cache
-        self.layers = [_Layer(block, model.dtype) for block in model.layers.values() if isinstance(block, Block)]
+        blocks = [block for block in model.layers.values() if isinstance(block, Block)]
+        self.layers, self.heads = [_Layer(block, model.dtype, ranks) for block in blocks], blocks[0].self_attn.heads
         self.norm = _Norm(model.norm, self.dtype)
         self.head = _Matrix(model.lm_head.weight, model.dtype)
         modules = [module for module in model.mtp.values() if isinstance(module, MTPModule)]
-        self.mtp = _MTP(modules[0], model.dtype) if modules else None
+        self.mtp = _MTP(modules[0], model.dtype, ranks) if modules else None
         positions = torch.arange(model.config.max_position_embeddings, device=self.embedding.device)[None]
         self.turns = torch.complex(*rotary(positions, model.config))[0]  # [S, R/2], each pair's at each position
 
@@ -102,7 +105,8 @@ class Now:
 
 
 class _Layer:
-    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, ranks: Ranks) -> None:
+        self.ranks, self.alone = ranks, ranks.group("tp") is None
         mlp, activations = block.mlp, between(block.input_layernorm.weight.device, dtype)
         self.before_attention = _Norm(block.input_layernorm, activations)
         self.attention = _Attention(block.self_attn, dtype)
@@ -111,17 +115,26 @@ class _Layer:
 
     def __call__(self, x: Tensor, kept: Tensor, now: Now) -> Tensor:
         """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D]."""
-        x = self.attention(x, self.before_attention(x), kept, now)
-        return self.mlp(x, self.before_mlp(x))
+        normed = self.before_attention(x)
+        x = self.beside(x, lambda into: self.attention(into, normed, kept, now))
+        return self.after_attention(x)
+
+    def after_attention(self, x: Tensor) -> Tensor:
+        normed = self.before_mlp(x)
+        return self.beside(x, lambda into: self.mlp(into, normed))
+
+    def beside(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """x + branch, which adds its own to what it is given; where ranks have shares of its weights, theirs too."""
+        return branch(x) if self.alone else x + self.ranks.total(branch(torch.zeros_like(x)), "tp")
 
 
 class _MTP:
     """The first MTP module: one layer between a join and a norm (report §2.2)."""
 
-    def __init__(self, module: MTPModule, dtype: torch.dtype) -> None:
+    def __init__(self, module: MTPModule, dtype: torch.dtype, ranks: Ranks) -> None:
         activations = between(module.eh_proj.weight.device, dtype)
         self.enorm, self.hnorm = _Norm(module.enorm, activations), _Norm(module.hnorm, activations)
-        self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype)
+        self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype, ranks)
         self.norm = _Norm(module.norm, activations)
 
     def __call__(self, hidden: Tensor, embedded: Tensor, last: Tensor, kept: Tensor, now: Now, then: Now) -> Tensor:
@@ -129,8 +142,8 @@ class _MTP:
         x, layer = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)), self.layer
         q = layer.attention.remember(layer.before_attention(x), kept, now)
         x, q = x[last], q[last]
-        x = layer.attention.attend(x, q, kept, then)
-        return self.norm(layer.mlp(x, layer.before_mlp(x)))
+        x = layer.beside(x, lambda into: layer.attention.attend(into, q, kept, then))
+        return self.norm(layer.after_attention(x))
 
 
 class _Attention:

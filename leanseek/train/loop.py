@@ -8,9 +8,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from statistics import median
 from types import FrameType
 from typing import Literal, Protocol
 
@@ -26,12 +27,16 @@ from leanseek.model.transformer import Transformer
 from leanseek.parallel.apply import forget_gathered
 from leanseek.parallel.mesh import ALONE, Ranks, lead
 from leanseek.parallel.pipeline import Pipeline
+from leanseek.parallel.watch import Waits, slowest
 from leanseek.train.average import Average
 from leanseek.train.log import Log
 from leanseek.train.schedule import knobs
-from leanseek.train.step import train_step
+from leanseek.train.step import ANY, Limits, StepResult, train_step
 
 MOST_ROLLBACKS = 10
+RECENT = 64  # steps whose median a spike is held against,
+FEWEST = 16  # and how many there must be
+MEASURED_EVERY = 100  # steps, one of which is watched for a rank that keeps the others waiting
 
 Ending = Literal["complete", "max_steps", "max_seconds", "interrupted"]
 
@@ -67,6 +72,7 @@ class Progress:
     cpu_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_windows: list[tuple[int, int, int]] = field(default_factory=list)  # stage, first sample, sample after
+    recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of the newest steps
     bpb: float | None = None  # the newest validation, and the step it was made at
     bpb_step: int | None = None
 
@@ -142,19 +148,24 @@ def train(
                 None if array is None else torch.from_numpy(array).to(device)
                 for array in (batch.positions, batch.segments)
             )
-            result = train_step(
-                model, optimizers, ids, targets, now, config, positions, segments, ranks, pipeline=pipeline
-            )
+            measured = ranks.world > 1 and (progress.step + 1) % MEASURED_EVERY == 0
+            with Waits(device) if measured else nullcontext() as waits:
+                limits = _limits(progress.recent, config.train.spike)
+                result = train_step(
+                    model, optimizers, ids, targets, now, config, positions, segments, ranks, limits, pipeline
+                )
+            if waits is not None and (slow := slowest(ranks.each(waits.own))):
+                log.say(f"step {progress.step + 1}: {slow}")
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count
             tokens = count * length
             flops = tokens * flops_per_token[progress.stage]
             progress.flops += flops
-            if not result.finite:
+            if not result.finite or result.spike:
                 bad.append(window)
                 progress.skipped_steps += 1
-                log.say(f"step {progress.step + 1}: loss or gradient is not finite; step skipped")
+                log.say(f"step {progress.step + 1}: {_wrong_with(result, limits)}; step skipped")
                 if len(bad) == config.train.rollback_after:
                     if len(progress.skipped_windows) >= MOST_ROLLBACKS * len(bad):
                         raise BadInput(
@@ -169,6 +180,8 @@ def train(
                 average.update(model)
             progress.step += 1
             progress.tokens += tokens
+            if config.train.spike is not None:
+                progress.recent = [*progress.recent, (result.loss, result.grad_norm)][-RECENT:]
             clock.stamp(progress)
             log.step(progress, result, now, tokens, flops, time.monotonic() - begun)
     saver.wait()
@@ -196,12 +209,29 @@ class Kept:
             return None
         progress = Progress(**checkpoint.load(newest, self.model, self.optimizers, self.ranks, self.averaged))
         progress.skipped_windows = [(stage, first, after) for stage, first, after in progress.skipped_windows]
+        progress.recent = [(loss, norm) for loss, norm in progress.recent]
         return progress
 
     def cut_metrics(self, progress: Progress) -> dict[str, float]:
         """Cuts the log back to where the run is; returns what was spent in all."""
         step, validated = progress.step, progress.bpb_step
         return lead(lambda: checkpoint.cut_metrics(self.run, step, validated), self.ranks.group("world"))
+
+
+def _limits(recent: list[tuple[float, float]], spike: float | None) -> Limits:
+    """How far above the newest steps' medians a step may lie."""
+    if spike is None or len(recent) < FEWEST:
+        return ANY
+    return Limits(*(spike * median(values) for values in zip(*recent, strict=True)))
+
+
+def _wrong_with(result: StepResult, limits: Limits) -> str:
+    if not result.finite:
+        return "loss or gradient is not finite"
+    return (
+        f"a spike: loss {result.loss:.4g} where {limits.loss:.4g} is the most, gradient norm {result.grad_norm:.4g} "
+        f"where {limits.grad_norm:.4g} is"
+    )
 
 
 def _ending(

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leanseek.config import Config
+from leanseek.config import BadInput, Config
 from leanseek.model.moe import Router, max_violation, updated_bias
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
 from leanseek.parallel.apply import before_micro_batch
+from leanseek.parallel.context import Context, context_of
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.parts import local, norm_of
 from leanseek.parallel.pipeline import Pipeline
@@ -36,6 +37,18 @@ class StepResult:
     grad_norm: float  # before clipping
     max_violation: float  # of the least balanced layer
     finite: bool  # a step with a non-finite loss or gradient leaves the model as it was
+    spike: bool = False  # so does one beyond the limits
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest loss and gradient norm that the model learns from."""
+
+    loss: float = math.inf
+    grad_norm: float = math.inf
+
+
+ANY = Limits()
 
 
 class Gradients(Protocol):
@@ -68,13 +81,15 @@ def train_step(
     positions: Tensor | None = None,
     segments: Tensor | None = None,
     ranks: Ranks = ALONE,
+    limits: Limits = ANY,
     pipeline: Pipeline | None = None,
 ) -> StepResult:
-    """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite."""
+    """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite, or
+    beyond the limits."""
     model.train()
     make = gradients if pipeline is None else pipelined(pipeline)
     losses = make(model, ids, targets, knobs, config, positions, segments, ranks)
-    return update(model, optimizers, losses, knobs, config, ranks)
+    return update(model, optimizers, losses, knobs, config, ranks, limits)
 
 
 def gradients(
@@ -89,15 +104,15 @@ def gradients(
 ) -> list[float]:
     """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks."""
     depths, micro_batch = len(model.mtp), config.train.micro_batch
-    counts = valid_targets(targets, segments, depths, ranks)
+    counts, context = valid_targets(targets, segments, depths, ranks), context_of(ids.shape[1], ranks)
     micro_batches = micro_batches_of(ids, config, ranks)
     balance_sequences(model, ids, config, ranks)
     sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
     for number in range(micro_batches):
         mine = slice(number * micro_batch, (number + 1) * micro_batch)
-        packed = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
+        where, whose = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
         before_micro_batch(model, number == micro_batches - 1, config)
-        losses = loss_sums(model, ids[mine], targets[mine], *packed)
+        losses = loss_sums(model, ids[mine], targets[mine], where, whose, context)
         sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
@@ -134,7 +149,7 @@ def pipelined(pipeline: Pipeline) -> Gradients:
 def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
     """How many targets the whole batch has for the main model and each MTP depth; 1 where there is none."""
     found = [(targets_of_depth(targets, segments, k) != IGNORE).sum() for k in range(depths + 1)]
-    counts: list[int] = ranks.total(torch.stack(found), "batch").clamp(min=1).tolist()
+    counts: list[int] = ranks.total(torch.stack(found), "dp").clamp(min=1).tolist()
     return counts
 
 
@@ -158,17 +173,19 @@ def update(
     knobs: Knobs,
     config: Config,
     ranks: Ranks,
+    limits: Limits = ANY,
 ) -> StepResult:
     """What the gradients and the load of the whole batch do to the model; both are forgotten then."""
     routers = list(model.routers().values())
     loads, balance = load_of_all(routers, ranks)
-    grads = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norm = norm_of(grads, ranks)
     loss, *further = losses
     finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
-    if finite:
+    spike = finite and (loss > limits.loss or norm.item() > limits.grad_norm)
+    if finite and not spike:
         scale = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1)
-        for grad in grads:
+        for grad in grads.values():
             local(grad).mul_(scale)
         set_learning_rate(optimizers, knobs.learning_rate)
         for optimizer in optimizers:
@@ -187,6 +204,7 @@ def update(
         grad_norm=norm.item(),
         max_violation=ranks.largest(violation, "pp").item(),
         finite=finite,
+        spike=spike,
     )
     for router in routers:
         router.load.zero_()
@@ -208,22 +226,46 @@ def load_of_all(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], floa
 
 
 def loss_sums(
-    model: Transformer, ids: Tensor, targets: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    context: Context | None = None,
 ) -> list[Tensor]:
-    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T]."""
+    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T].
+
+    With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
+    see each other.
+    """
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
-    return losses_of(model, model(ids, positions, segments), ids, targets, positions, segments)
+    if context is None:
+        return losses_of(model, model(ids, positions, segments), ids, targets, positions, segments)
+    if segments is not None:
+        raise BadInput("mesh.cp: rows of samples that may not see each other are not cut: take mesh.cp=1")
+    depths = range(len(model.mtp) + 1)
+    wanted, where = [context.take(targets_of_depth(targets, None, k)) for k in depths], context.take(positions)
+    hidden = model(context.take(ids), where, cache=[context] * model.config.num_hidden_layers)
+    further = model.predict_further(hidden, [context.take(ids[:, k:]) for k in depths[1:]], where, cache=context)
+    return _cross_entropies(model, [hidden, *further], wanted, segments)
 
 
 def losses_of(
     model: Transformer, hidden: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor | None
 ) -> list[Tensor]:
     """The same from the final hidden states [b, T, D]."""
+    states = [hidden, *model.predict_further(hidden, ids, positions, segments)]
+    wanted = [targets_of_depth(targets, segments, k) for k in range(len(states))]
+    return _cross_entropies(model, states, wanted, segments)
+
+
+def _cross_entropies(
+    model: Transformer, states: list[Tensor], targets: list[Tensor], segments: Tensor | None
+) -> list[Tensor]:
     assert model.lm_head is not None
     losses = []
-    for k, state in enumerate([hidden, *model.predict_further(hidden, ids, positions, segments)]):
-        wanted = targets_of_depth(targets, segments, k)
+    for state, wanted in zip(states, targets, strict=True):
         if segments is None:
             state, wanted = state.flatten(0, 1), wanted.flatten()
         else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
