@@ -49,18 +49,16 @@ def processors(device: torch.device) -> int:
 
 
 def described(x: Tensor, block: list[int]) -> Any:
-    """A descriptor by which blocks of x are fetched by the GPU's own copy engine; outside of x it reads zeros.
-
-    Raises ValueError where x has an alignment that the engine refuses.
-    """
+    """A descriptor by which blocks of x are fetched by the GPU's own copy engine; outside of x it reads zeros."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    if not describable(x):
-        raise ValueError(f"rows of {tuple(x.shape)} {x.dtype} are not multiples of 16 bytes in one piece")
-    return TensorDescriptor.from_tensor(x, block)
+    return TensorDescriptor.from_tensor(aligned(x), block)
 
 
-def describable(x: Tensor) -> bool:
-    """Whether x [..., D] starts at and strides by multiples of 16 bytes, its last dim in one piece."""
+def aligned(x: Tensor) -> Tensor:
+    """x [..., D], or a copy, whose rows are in one piece and begin at multiples of 16 bytes, as the engine wants them."""
     strided = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
-    return x.numel() > 0 and x.stride(-1) == 1 and strided and x.data_ptr() % 16 == 0
+    if x.stride(-1) == 1 and strided and x.data_ptr() % 16 == 0:
+        return x
+    width = cdiv(x.shape[-1] * x.itemsize, 16) * 16 // x.itemsize
+    return torch.empty(*x.shape[:-1], width, dtype=x.dtype, device=x.device)[..., : x.shape[-1]].copy_(x)
