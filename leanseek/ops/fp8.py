@@ -28,6 +28,7 @@ BLOCK: Tile = (SIDE, SIDE)
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_SCALE = 2.0**-112  # keeps code · scale, rounded as it is, among FP32's normal numbers
 FP8 = torch.float8_e4m3fn
+UE8M0 = torch.float8_e8m0fnu  # a power of two in a byte
 SCALE = "_scale_inv"  # follows the name of a tensor in FP8, in released files and in ours
 
 AT_ONCE = 32  # products that a Hopper tensor core adds in one go
@@ -64,7 +65,7 @@ def quantised(values: Tensor, tile: Tile, power_of_two: bool = False) -> Quantis
     return Quantised(quantise(values, scales, tile), scales, tile)
 
 
-def scale_shape(rows: int, columns: int, tile: Tile = BLOCK) -> tuple[int, int]:
+def scale_shape(rows: int, columns: int, *, tile: Tile = BLOCK) -> tuple[int, int]:
     """[R, C] → [⌈R/r⌉, ⌈C/c⌉]."""
     return -(-rows // tile[0]), -(-columns // tile[1])
 
@@ -75,7 +76,7 @@ def scales_of(values: Tensor, tile: Tile = BLOCK, power_of_two: bool = False) ->
     `power_of_two` (`scale_fmt: ue8m0`) rounds up to an integral power of two: what is quantised so can be quantised
     again in other such tiles and loses only what falls below the new tile's smallest code. A tile of zeros has scale 1.
     """
-    largest = _tiles(values.float().abs(), tile).amax(dim=(-3, -1))
+    largest = tiles_of(values.float().abs(), tile).amax(dim=(-3, -1))
     scales = (largest / LARGEST).clamp(min=SMALLEST_SCALE)
     if power_of_two:
         mantissa, exponent = torch.frexp(scales)  # scales = mantissa · 2^exponent, ½ ≤ mantissa < 1
@@ -90,8 +91,8 @@ def quantise(values: Tensor, scales: Tensor, tile: Tile = BLOCK) -> Tensor:
     Larger magnitudes than 448 · scale become 448; NaN stays NaN.
     """
     # Clamped first: what a cast makes of values beyond the largest depends on the version of PyTorch.
-    codes = (_tiles(values.float(), tile) / _spread(scales)).clamp_(-LARGEST, LARGEST).to(FP8)
-    return _whole(codes, values.shape)
+    codes = (tiles_of(values.float(), tile) / spread(scales)).clamp_(-LARGEST, LARGEST).to(FP8)
+    return whole(codes, values.shape)
 
 
 def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32, tile: Tile = BLOCK) -> Tensor:
@@ -102,7 +103,7 @@ def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     matrices = scales.shape[:-2]
     rows = math.prod(codes.shape[:-1]) // math.prod(matrices)
     values = _values(codes).view(*matrices, rows, codes.shape[-1])
-    return _whole(_tiles(values, tile) * _spread(scales), values.shape).to(dtype).view(codes.shape)
+    return whole(tiles_of(values, tile) * spread(scales), values.shape).to(dtype).view(codes.shape)
 
 
 def _values(codes: Tensor) -> Tensor:
@@ -113,23 +114,45 @@ def _values(codes: Tensor) -> Tensor:
     return table.index_select(0, codes.view(torch.uint8).int().flatten()).view(codes.shape)
 
 
-def _tiles(values: Tensor, tile: Tile) -> Tensor:
+def tiles_of(values: Tensor, tile: Tile) -> Tensor:
     """[..., R, C] → [..., ⌈R/r⌉, r, ⌈C/c⌉, c]; tiles at the edge are filled up with zeros."""
     (rows, columns), (r, c) = values.shape[-2:], tile
-    down, across = scale_shape(rows, columns, tile)
+    down, across = scale_shape(rows, columns, tile=tile)
     if (down * r, across * c) != (rows, columns):
         values = F.pad(values, (0, across * c - columns, 0, down * r - rows))
     return values.unflatten(-1, (across, c)).unflatten(-3, (down, r))
 
 
-def _whole(tiles: Tensor, shape: torch.Size) -> Tensor:
-    """The matrices of this shape again, contiguous: what `_tiles` took apart."""
+def whole(tiles: Tensor, shape: torch.Size) -> Tensor:
+    """The matrices of this shape again, contiguous: what `tiles_of` took apart."""
     return tiles.flatten(-4, -3).flatten(-2)[..., : shape[-2], : shape[-1]].contiguous()
 
 
-def _spread(scales: Tensor) -> Tensor:
-    """Scales as `_tiles` wants them: one for each tile, whatever its rows and columns."""
+def spread(scales: Tensor) -> Tensor:
+    """Scales as `tiles_of` wants them: one for each tile, whatever its rows and columns."""
     return scales.float()[..., :, None, :, None]
+
+
+# ── rows on the wire ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def to_bytes(rows: Tensor) -> Tensor:
+    """Rows [N, D] in FP8 as expert parallelism sends them (report §3.3.3): uint8 [N, D + ⌈D/128⌉], to be sent as such.
+
+    The D codes of a row are followed by its scales, powers of two, of which a byte holds the exponent (UE8M0).
+    """
+    sent = quantised(rows, ROW, power_of_two=True)
+    return torch.cat((sent.codes.view(torch.uint8), sent.scales.to(UE8M0).view(torch.uint8)), dim=-1)
+
+
+def from_bytes(sent: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The rows [N, D] of D = `width` values that `to_bytes` made: exact in BF16, and quantised again just as they were.
+
+    The receiver's expert quantises its input with such scales as well: nothing is rounded twice.
+    """
+    codes, scales = sent.split([width, sent.shape[-1] - width], dim=-1)
+    codes, scales = codes.contiguous().view(FP8), scales.contiguous().view(UE8M0).float()
+    return dequantise(codes, scales, dtype, ROW)
 
 
 # ── products ──────────────────────────────────────────────────────────────────────────────────────────────────────
