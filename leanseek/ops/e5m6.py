@@ -23,7 +23,7 @@ def rounded(values: Tensor) -> Tensor:
 
 
 def pack(values: Tensor, scales: Tensor) -> Tensor:
-    """values [..., R, C], scales [..., R, ⌈C/128⌉] of their ROW tiles → uint8 [..., R, 3⌈C/2⌉]: a pair in three bytes."""
+    """values [..., R, C], scales [..., R, ⌈C/128⌉] of ROW tiles → uint8 [..., R, 3⌈C/2⌉]: two codes in three bytes."""
     wide = whole(rounded(tiles_of(values.float(), ROW) / spread(scales)), values.shape)
     codes = (wide.half().view(torch.int16) >> 4).int() & 0xFFF
     first, second = F.pad(codes, (0, codes.shape[-1] % 2)).unflatten(-1, (-1, 2)).unbind(-1)
