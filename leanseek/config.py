@@ -136,8 +136,8 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     tokens: int = Field(gt=0)  # the whole budget, over all stages
     seed: int = Field(0, ge=0, lt=2**63)
-    # auto: whichever multiplies matrices faster here, frozen in the run
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    # auto: fp32 or bf16, whichever multiplies matrices faster here, frozen in the run
+    dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation

@@ -227,7 +227,7 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     At the former the earlier micro-batches have left their gradients, and everything this one kept is there. In the
     latter Muon holds an update of every matrix, and those of the commonest shape, gate and up, joined and orthogonal.
     """
-    model, width = config.model, 2 if config.train.dtype == "bf16" else 4
+    model, width = config.model, 2 if config.train.dtype in ("bf16", "fp8") else 4
     length = config.stages[stage].sequence_length
     tokens = config.train.micro_batch * length
     count = parameters(model)

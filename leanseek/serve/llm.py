@@ -145,7 +145,7 @@ def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None 
     if checkpoint is None:
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:
-        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        dtype = torch.bfloat16 if config.train.dtype in ("bf16", "fp8") else torch.float32
     model = Transformer(config.model, dtype)
     load_model_weights(checkpoint.model, model)
     return model.to(place)

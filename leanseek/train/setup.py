@@ -18,9 +18,10 @@ from leanseek.train.log import Log
 from leanseek.train.loop import Batches, train
 from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
+from leanseek.train.precision import in_fp8
 from leanseek.train.receipt import write_receipt
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the activations
 
 
 def take_up(
@@ -64,6 +65,8 @@ def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
     model.to(config.train.device)
+    if config.train.dtype == "fp8":
+        in_fp8(model)
     optimizers = build_optimizers(model, config.optimizer)
     if config.optimizer.qk_clip is not None:
         watch_logits(model)

@@ -19,6 +19,7 @@ from leanseek.model.moe import max_violation, updated_bias
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
+from leanseek.train.precision import weights_quantised_once
 from leanseek.train.schedule import Knobs
 
 
@@ -51,13 +52,14 @@ def train_step(
     for router in routers:
         router.balance_weight.fill_(config.train.balance_loss_alpha / ids.shape[0])
     sums = torch.zeros(depths + 1, dtype=torch.float64)
-    for first in range(0, ids.shape[0], config.train.micro_batch):
-        rows = slice(first, first + config.train.micro_batch)
-        packed = (None if tensor is None else tensor[rows] for tensor in (positions, segments))
-        losses = loss_sums(model, ids[rows], targets[rows], *packed)
-        sums += torch.stack(losses).detach().cpu()
-        means = [loss / count for loss, count in zip(losses, counts, strict=True)]
-        (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
+    with weights_quantised_once(model):
+        for first in range(0, ids.shape[0], config.train.micro_batch):
+            rows = slice(first, first + config.train.micro_batch)
+            packed = (None if tensor is None else tensor[rows] for tensor in (positions, segments))
+            losses = loss_sums(model, ids[rows], targets[rows], *packed)
+            sums += torch.stack(losses).detach().cpu()
+            means = [loss / count for loss, count in zip(losses, counts, strict=True)]
+            (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
     parameters = list(model.parameters())
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss, *further = (sums / torch.tensor(counts)).tolist()
