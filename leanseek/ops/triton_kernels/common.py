@@ -7,8 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-TILE = 128  # values along K that share a scale; V3's promotion interval too (report §3.3.2)
-LARGEST = 448.0  # of float8_e4m3fn
+SIDE = 128  # values along K that share a scale; V3's promotion interval too (report §3.3.2)
 H100_PROCESSORS = 132
 
 triton.knobs.language.default_fp_fusion = True  # as up to Triton 3.9; later the default is off

@@ -108,7 +108,7 @@ def latent_decode(
     _decode[(rows, blocks, spans)](
         q, kept, latents, ropes, table, limits, parts, logs, n_queries, heads, latent, width - latent, table.shape[1],
         span, q.stride(1), kept.stride(0), scale * LOG2_E, WHOLE=whole, SIZE=size, QUERIES=queries, KEYS=keys, LATENT=c,
-        ROPE=r, SPANS=spans, num_warps=8 if queries == 64 else 4, num_stages=2,
+        ROPE=r, SPANS=spans, num_warps=8 if whole else 4, num_stages=2,
     )  # fmt: skip
     if logs is not None:
         _joined[(rows, n_queries)](parts, logs, out, n_queries, latent, SPANS=spans, LATENT=c)

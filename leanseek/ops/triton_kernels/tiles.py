@@ -60,6 +60,15 @@ def rows_of_group(group, counts, groups, GROUPS: tl.constexpr):
     return first, first + tl.sum(tl.where(every == group, count, 0), axis=0)
 
 
+@triton.jit
+def tiles_of_group(group, counts, groups, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """First tile of a group where each begins a new one, and the tile behind its last."""
+    every = tl.arange(0, GROUPS)
+    tiles = tl.cdiv(tl.load(counts + every, every < groups, other=0).to(tl.int32), ROWS)
+    first = tl.sum(tl.where(every < group, tiles, 0), axis=0)
+    return first, first + tl.sum(tl.where(every == group, tiles, 0), axis=0)
+
+
 def most_row_tiles(rows: int, groups: int, tile_rows: int) -> int:
     """Row tiles of groups whose sizes only the GPU knows: each may end in a tile that is not full."""
     return min(cdiv(rows, tile_rows) + groups, rows)
