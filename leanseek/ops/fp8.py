@@ -46,6 +46,8 @@ class Quantised:
     tile: Tile
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if not self.codes.is_contiguous() and self.codes.mT.is_contiguous():
+            return self.mT.values(dtype).mT  # read as they lie
         return dequantise(self.codes, self.scales, dtype, self.tile)
 
     @property
@@ -170,9 +172,10 @@ def matmul(a: Quantised, b: Quantised, accumulator_bits: int | None = None) -> T
     """
     if accumulator_bits is not None:
         return _tensor_core_matmul(a, b, accumulator_bits)
-    left, right = a.values(), b.values()
-    total = left.new_zeros(left.shape[0], right.shape[0])
-    for x, y in zip(left.split(SIDE, dim=-1), right.split(SIDE, dim=-1), strict=True):
+    pairs = zip(a.values().split(SIDE, dim=-1), b.values().split(SIDE, dim=-1), strict=True)
+    first, second = next(pairs)
+    total = first @ second.T
+    for x, y in pairs:
         total += x @ y.T
     return total
 
