@@ -166,6 +166,7 @@ def matmul(a: Quantised, b: Quantised, accumulator_bits: int | None = None) -> T
     The three products of y = x Wᵀ are matmul(x, W), matmul(dy, W.mT) and matmul(dy.mT, x.mT): x and dy in ROW tiles
     for the first two, in COLUMN tiles for the last. Off by at most (min(K, 128) + ⌈K/128⌉ + 4) · 2⁻²⁴ · Σ|a||b| from
     exact sums over the values: an FP32 rounding of each value, of each addition within 128 of K, of each promotion.
+    (Plus K · 2⁻¹²⁵: what falls below FP32's normal numbers may be taken for zero.)
 
     `accumulator_bits` models a tensor core that keeps so few bits between two promotions (14 on Hopper, report §3.3.2):
     slow, and not for training. The bound then grows by 33 · 2^(3 − bits) · Σ|a||b|; see `accumulate`.
