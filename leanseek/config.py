@@ -158,6 +158,7 @@ class OptimizerConfig(Section):
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
+    moments: Literal["fp32", "bf16"] = "fp32"  # how they rest between steps
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
     muon_momentum: float = Field(0.95, ge=0, lt=1)

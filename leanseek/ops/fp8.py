@@ -46,6 +46,8 @@ class Quantised:
     tile: Tile
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        if not self.codes.is_contiguous() and self.codes.mT.is_contiguous():
+            return self.mT.values(dtype).mT  # read as they lie
         return dequantise(self.codes, self.scales, dtype, self.tile)
 
     @property
@@ -164,15 +166,17 @@ def matmul(a: Quantised, b: Quantised, accumulator_bits: int | None = None) -> T
     The three products of y = x Wᵀ are matmul(x, W), matmul(dy, W.mT) and matmul(dy.mT, x.mT): x and dy in ROW tiles
     for the first two, in COLUMN tiles for the last. Off by at most (min(K, 128) + ⌈K/128⌉ + 4) · 2⁻²⁴ · Σ|a||b| from
     exact sums over the values: an FP32 rounding of each value, of each addition within 128 of K, of each promotion.
+    (Plus K · 2⁻¹²⁵: what falls below FP32's normal numbers may be taken for zero.)
 
     `accumulator_bits` models a tensor core that keeps so few bits between two promotions (14 on Hopper, report §3.3.2):
     slow, and not for training. The bound then grows by 33 · 2^(3 − bits) · Σ|a||b|; see `accumulate`.
     """
     if accumulator_bits is not None:
         return _tensor_core_matmul(a, b, accumulator_bits)
-    left, right = a.values(), b.values()
-    total = left.new_zeros(left.shape[0], right.shape[0])
-    for x, y in zip(left.split(SIDE, dim=-1), right.split(SIDE, dim=-1), strict=True):
+    pairs = zip(a.values().split(SIDE, dim=-1), b.values().split(SIDE, dim=-1), strict=True)
+    first, second = next(pairs)
+    total = first @ second.T
+    for x, y in pairs:
         total += x @ y.T
     return total
 

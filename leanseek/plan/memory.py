@@ -235,7 +235,8 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     depths = model.num_nextn_predict_layers
     muon = config.optimizer.name == "muon"
     by_adam = count.embedding + count.head + count.norms
-    moments = 4 * (all_of_it + by_adam if muon else 2 * all_of_it)
+    moment = 2 if config.optimizer.moments == "bf16" else 4
+    moments = moment * (all_of_it + by_adam if muon else 2 * all_of_it)
     kept = 0.0
     for layer in range(model.num_hidden_layers + depths):
         kept += tokens * _trainer_block(model, model.is_moe(layer), width, length)

@@ -38,11 +38,16 @@ def build_optimizers(model: Transformer, config: OptimizerConfig) -> list[Optimi
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    adamw = AdamW(groups, lr=0.0, betas=(config.beta1, config.beta2), eps=config.eps, fused=True)
+    betas, moments = (config.beta1, config.beta2), torch.bfloat16 if config.moments == "bf16" else None
+    adamw: Optimizer
+    if moments is None:
+        adamw = AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+    else:
+        adamw = NarrowAdamW(groups, betas, config.eps, moments)
     if config.name == "adamw":
         return [adamw]
     matrices: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
-    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype), adamw]
+    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype, moments), adamw]
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -56,11 +61,44 @@ def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None
             group["lr"] = learning_rate
 
 
+class NarrowAdamW(Optimizer):
+    """AdamW whose moments rest in `moments`, BF16 in V3 (report §3.3.3); it computes in the weights' own precision.
+
+    A step uses the new moments before they are rounded.
+    """
+
+    def __init__(self, params: Iterable[Any], betas: tuple[float, float], eps: float, moments: torch.dtype) -> None:
+        super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.moments = moments
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["step"] = 0
+                    state["exp_avg"] = torch.zeros_like(p, dtype=self.moments)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=self.moments)
+                state["step"] += 1
+                mean = state["exp_avg"].to(p.dtype).lerp_(p.grad, 1 - beta1)
+                square = state["exp_avg_sq"].to(p.dtype).mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+                state["exp_avg"].copy_(mean)
+                state["exp_avg_sq"].copy_(square)
+                root = square.div_(1 - beta2 ** state["step"]).sqrt_().add_(group["eps"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                p.addcdiv_(mean, root, value=-group["lr"] / (1 - beta1 ** state["step"]))
+
+
 class Muon(Optimizer):
     """Momentum, orthogonalised. A parameter is a matrix [r, c] or a stack of them [n, r, c], each with its own update.
 
     `parts` of a group says how many matrices lie one above the other in a slice: 2 where gate and up are fused. `dtype`
-    is the precision of the orthogonalisation; momentum and weights keep theirs.
+    is the precision of the orthogonalisation, `moments` the one the momentum rests in, the weights'
+    own where it is None.
     """
 
     def __init__(
@@ -70,10 +108,11 @@ class Muon(Optimizer):
         weight_decay: float,
         steps: int,
         dtype: torch.dtype = torch.float32,
+        moments: torch.dtype | None = None,
     ) -> None:
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": 1}
         super().__init__(params, defaults)
-        self.dtype = dtype
+        self.dtype, self.moments = dtype, moments
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -84,8 +123,10 @@ class Muon(Optimizer):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                buffer = self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=self.moments)
+                resting = self.state[p]["momentum_buffer"]
+                buffer = resting.to(p.dtype).mul_(group["momentum"]).add_(p.grad)
+                resting.copy_(buffer)
                 update = p.grad.add(buffer, alpha=group["momentum"])  # Nesterov's look ahead
                 matrices = as_matrices(p, group["parts"])
                 rows, columns = matrices.shape[1:]

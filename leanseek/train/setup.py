@@ -115,7 +115,8 @@ def _check_memory(config: Config) -> None:
         there = torch.cuda.get_device_properties(0).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
+    moments = (1 if config.optimizer.name == "muon" else 2) * (0.5 if config.optimizer.moments == "bf16" else 1)
+    needed = training_bytes(config.model, moments)
     if needed > there:
         raise BadInput(
             f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "

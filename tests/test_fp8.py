@@ -1,0 +1,355 @@
+"""FP8, its products and training in it: against FP64, brute force, and BF16."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import leanseek
+from leanseek import checkpoint
+from leanseek.config import read_recipe
+from leanseek.hub import QUANTISED, export_release, import_release, layout
+from leanseek.model.layers import Linear, SwiGLU
+from leanseek.model.moe import Experts
+from leanseek.model.transformer import Transformer
+from leanseek.ops import e5m6, fp8
+from leanseek.ops.fp8 import BLOCK, COLUMN, FP8, LARGEST, ROW, Quantised, Tile, from_bytes, of_experts, to_bytes
+from leanseek.ops.fp8_linear import AfterAttention, Fp8
+from leanseek.ops.precision import Plain, Precision
+from leanseek.train.optim import NarrowAdamW, build_optimizers, set_learning_rate
+from leanseek.train.precision import in_fp8, weights_quantised_once
+from leanseek.train.pretrain import pretrain
+from leanseek.train.step import loss_sums
+from tests.gap import COARSER, FAULTS, FLOOR, gap, instead, losses, stories
+from tests.releases import quantised as blocks_one_by_one
+from tests.releases import read
+from tests.tiny import RECIPE, make_data
+
+U = 2.0**-24  # rounding to FP32 is off by at most this, relatively
+TILES = [ROW, COLUMN, BLOCK]
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+# ── inputs that are hard ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def plain(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=generator)
+
+
+def outlier_channels(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    values = plain(rows, columns, generator)
+    values[:, :: max(columns // 3, 1)] *= 3e4
+    return values
+
+
+def zero_tiles(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    values = plain(rows, columns, generator)
+    values[: rows // 2, : columns // 2] = 0
+    return values
+
+
+def largest_tiles(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Every value the largest of its tile, and in some columns as large as FP32's."""
+    values = plain(rows, columns, generator).sign()
+    values[:, columns // 2 :] *= 3e38 / columns
+    return values
+
+
+def denormal(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return plain(rows, columns, generator) * torch.logspace(-44, -30, columns)
+
+
+def many_magnitudes(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    return plain(rows, columns, generator) * torch.logspace(-9, 3, columns)
+
+
+Maker = Callable[[int, int, torch.Generator], Tensor]
+KINDS = [plain, outlier_channels, zero_tiles, largest_tiles, denormal, many_magnitudes]
+kinds = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+
+
+def spread(scales: Tensor, tile: Tile, shape: torch.Size) -> Tensor:
+    """The scale of each value."""
+    return scales.repeat_interleave(tile[0], -2).repeat_interleave(tile[1], -1)[..., : shape[-2], : shape[-1]]
+
+
+# ── codes ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def numbers(exponents: int, mantissa: int, bias: int) -> Tensor:
+    """The magnitudes that codes of a format mean, by its definition, in the order of the codes; exponents of them."""
+    found, parts = [], 1 << mantissa
+    for exponent in range(exponents):
+        lowest = 2.0 ** (max(exponent, 1) - bias)
+        found += [lowest * ((exponent > 0) + digits / parts) for digits in range(parts)]
+    return torch.tensor(found, dtype=torch.float64)
+
+
+E4M3 = numbers(16, 3, 7)[:-1]  # the last code is NaN
+E5M6 = numbers(31, 6, 15)
+
+
+def nearest(values: Tensor, numbers: Tensor) -> Tensor:
+    """To each value the nearest of the numbers, with its sign; of two equally near ones that with the even code."""
+    magnitudes = values.double().abs()
+    above = torch.searchsorted(numbers, magnitudes).clamp(1, len(numbers) - 1)
+    to_above, to_below = (numbers[above] - magnitudes).abs(), (magnitudes - numbers[above - 1]).abs()
+    up = (to_above < to_below) | ((to_above == to_below) & (above % 2 == 0))
+    return torch.where(up, numbers[above], numbers[above - 1]) * values.double().sign()
+
+
+@kinds
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_codes_are_the_nearest_numbers(tile: Tile, power_of_two: bool, kind: Maker, generator: torch.Generator) -> None:
+    values = kind(130, 150, generator)
+    quantised = fp8.quantised(values, tile, power_of_two)
+    assert quantised.scales.shape == fp8.scale_shape(130, 150, tile=tile)
+    scales = spread(quantised.scales, tile, values.shape)
+    divided = (values / scales).clamp(-LARGEST, LARGEST)
+    assert torch.equal(quantised.codes.double(), nearest(divided, E4M3))
+
+
+@kinds
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+@pytest.mark.parametrize("shape", [(256, 256), (130, 5), (1, 300)])
+def test_values_come_back_within_the_bound(
+    shape: tuple[int, int], tile: Tile, power_of_two: bool, kind: Maker, generator: torch.Generator
+) -> None:
+    values = kind(*shape, generator)
+    quantised = fp8.quantised(values, tile, power_of_two)
+    scales = spread(quantised.scales, tile, values.shape).double()
+    error = (quantised.values().double() - values.double()).abs()
+    assert (error <= torch.maximum(values.double().abs() * 2**-4, scales * 2**-10) * (1 + 2**-20)).all()
+    assert quantised.scales.min() >= fp8.SMALLEST_SCALE
+    assert not power_of_two or bool(torch.frexp(quantised.scales).mantissa.eq(0.5).all())
+    if power_of_two:  # quantised once more, nothing changes
+        again = fp8.quantised(quantised.values(), tile, power_of_two)
+        assert torch.equal(again.values(), quantised.values())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("power_of_two", [False, True])
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_what_is_not_finite_spoils_its_own_tile_and_no_other(
+    tile: Tile, power_of_two: bool, bad: float, generator: torch.Generator
+) -> None:
+    values = plain(300, 300, generator)
+    values[140, 200] = bad
+    spoilt = fp8.quantised(values, tile, power_of_two).values().isnan()
+    rows = slice(128 if tile[0] > 1 else 140, 256 if tile[0] > 1 else 141)
+    columns = slice(128 if tile[1] > 1 else 200, 256 if tile[1] > 1 else 201)
+    expected = torch.zeros_like(spoilt)
+    expected[rows, columns] = True
+    assert torch.equal(spoilt, expected)
+
+
+def test_a_tile_of_zeros_is_zero_and_its_scale_one() -> None:
+    quantised = fp8.quantised(torch.zeros(3, 200), ROW)
+    assert torch.equal(quantised.scales, torch.ones(3, 2))
+    assert not quantised.values().any()
+
+
+@pytest.mark.parametrize("tile", TILES, ids=str)
+def test_the_transposed_has_the_transposed_values(tile: Tile, generator: torch.Generator) -> None:
+    quantised = fp8.quantised(torch.randn(2, 130, 300, generator=generator), tile)
+    assert torch.equal(quantised.mT.values(), quantised.values().mT)
+    assert torch.equal(quantised.mT.mT.values(torch.bfloat16), quantised.values().bfloat16())
+
+
+# ── E5M6, and rows on the wire ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_e5m6_is_the_nearest_number(generator: torch.Generator) -> None:
+    values = torch.randn(400, generator=generator) * torch.logspace(-8, 2.65, 400)
+    values[:300] = ((E5M6[1:301] + E5M6[:300]) / 2).float()  # half way between two
+    rounded = e5m6.rounded(values)
+    assert torch.equal(rounded.double(), nearest(values, E5M6))
+    assert ((rounded - values).abs() <= torch.maximum(values.abs() * 2**-7, torch.tensor(2.0**-21))).all()
+
+
+def test_halves_go_to_the_even_code() -> None:
+    values = ((E4M3[1:] + E4M3[:-1]) / 2).float()[None]
+    codes = fp8.quantise(values, torch.ones(1, 1), BLOCK)
+    assert torch.equal(codes.double(), nearest(values, E4M3))
+    assert not (codes.view(torch.uint8) % 2).any()
+
+
+@pytest.mark.parametrize("columns", [1, 128, 257, 300])
+def test_e5m6_takes_twelve_bits(columns: int, generator: torch.Generator) -> None:
+    values = many_magnitudes(40, columns, generator)
+    scales = fp8.scales_of(values, ROW, power_of_two=True)
+    packed = e5m6.pack(values, scales)
+    assert (packed.dtype, packed.shape) == (torch.uint8, (40, 3 * -(-columns // 2)))
+    each = spread(scales, ROW, values.shape)
+    back = e5m6.unpack(packed, scales, columns)
+    assert torch.equal(back, e5m6.rounded(values / each) * each)
+    values[3, 0] = math.nan
+    scales = fp8.scales_of(values, ROW, power_of_two=True)
+    spoilt = e5m6.unpack(e5m6.pack(values, scales), scales, columns).isnan()
+    assert spoilt[3, : min(columns, 128)].all()
+    assert spoilt.sum() == min(columns, 128)
+
+
+@kinds
+@pytest.mark.parametrize("width", [1, 128, 300])
+def test_rows_on_the_wire_are_those_of_the_product(width: int, kind: Maker, generator: torch.Generator) -> None:
+    rows = kind(50, width, generator)
+    sent = to_bytes(rows)
+    assert (sent.dtype, sent.shape) == (torch.uint8, (50, width + -(-width // 128)))
+    there = fp8.quantised(rows, ROW, power_of_two=True)
+    received = from_bytes(sent, width, torch.bfloat16)
+    assert torch.equal(received.float(), there.values())
+    assert torch.equal(fp8.quantised(received, ROW, power_of_two=True).values(), there.values())
+    assert to_bytes(rows[:0]).shape == (0, sent.shape[1])
+    rows[7, 0] = math.nan
+    assert from_bytes(to_bytes(rows), width, torch.bfloat16).isnan().sum() == min(width, 128)
+
+
+# ── products ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OPERANDS = {  # of y = x Wᵀ with x [M, K], W [N, K] and dy [M, N]: how each product's sides are quantised
+    "y": (lambda x, w, dy: fp8.quantised(x, ROW), lambda x, w, dy: fp8.quantised(w, BLOCK)),
+    "dx": (lambda x, w, dy: fp8.quantised(dy, ROW), lambda x, w, dy: fp8.quantised(w, BLOCK).mT),
+    "dw": (lambda x, w, dy: fp8.quantised(dy, COLUMN).mT, lambda x, w, dy: fp8.quantised(x, COLUMN).mT),
+}
+
+
+def bound(a: Tensor, b: Tensor, bits: int | None = None) -> Tensor:
+    """Of `fp8.matmul`, for the values of both sides in FP64."""
+    k = a.shape[-1]
+    share = (min(k, 128) + -(-k // 128) + 4) * U + (33 * 2.0 ** (3 - bits) if bits else 0)
+    return share * (a.abs() @ b.abs().T) + k * 2.0**-125
+
+
+def hard(kind: Maker, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Of `kind`, but small enough that products of two stay below FP32's largest number."""
+    return kind(rows, columns, generator).clamp(-1e15, 1e15)
+
+
+@kinds
+@pytest.mark.parametrize("sizes", [(256, 128, 512), (70, 130, 300), (1, 5, 7)], ids=str)
+@pytest.mark.parametrize("product", OPERANDS)
+def test_products_equal_exact_sums(
+    product: str, sizes: tuple[int, int, int], kind: Maker, generator: torch.Generator
+) -> None:
+    m, n, k = sizes
+    x, w, dy = (hard(kind, *shape, generator) for shape in ((m, k), (n, k), (m, n)))
+    a, b = (side(x, w, dy) for side in OPERANDS[product])
+    exact = a.values(torch.float64), b.values(torch.float64)  # values are exact in FP32 but for one rounding
+    assert ((fp8.matmul(a, b).double() - exact[0] @ exact[1].T).abs() <= bound(*exact)).all()
+    ideal = {"y": x.double() @ w.double().T, "dx": dy.double() @ w.double(), "dw": dy.double().T @ x.double()}[product]
+    # To the values themselves: the product of two that are each off by their own bound.
+    sides = [
+        (values.double(), torch.maximum(values.double().abs() * 2**-4, spread(q.scales, q.tile, values.shape) * 2**-10))
+        for values, q in zip({"y": (x, w), "dx": (dy, w.T), "dw": (dy.T, x.T)}[product], (a, b), strict=True)
+    ]
+    (p, dp), (q, dq) = ((values, off * (1 + 2**-20)) for values, off in sides)
+    off = p.abs() @ dq.T + dp @ q.abs().T + dp @ dq.T + bound(p.abs() + dp, q.abs() + dq)
+    assert ((fp8.matmul(a, b).double() - ideal).abs() <= off).all()
+
+
+def added_by_hand(a: list[float], b: list[float], bits: int) -> Fraction:
+    """What Hopper's tensor core makes of Σ ab, in whole numbers."""
+    total = Fraction(0)
+    for start in range(0, len(a), 32):
+        terms = [Fraction(x) * Fraction(y) for x, y in zip(a[start : start + 32], b[start : start + 32], strict=True)]
+        terms.append(total)
+        largest = max(map(abs, terms))
+        if not largest:
+            continue
+        exponent = math.floor(math.log2(largest))  # exact: these have few digits
+        unit = Fraction(2) ** (exponent + 1 - bits)
+        total = sum(((-1 if t < 0 else 1) * (abs(t) // unit) * unit for t in terms), Fraction(0))
+    return total
+
+
+@pytest.mark.parametrize("bits", [8, 14])
+def test_the_tensor_cores_sums_equal_those_by_hand(bits: int, generator: torch.Generator) -> None:
+    a, b = (fp8.quantised(torch.randn(3, 200, generator=generator), ROW).codes for _ in range(2))
+    ours = fp8.accumulate(a, b, bits)
+    for m, row in enumerate(a.float().tolist()):
+        for n, column in enumerate(b.float().tolist()):
+            assert ours[m, n].item() == float(added_by_hand(row, column, bits))
+
+
+@pytest.mark.parametrize("sizes", [(40, 24, 512), (7, 130, 300)], ids=str)
+@pytest.mark.parametrize("product", OPERANDS)
+def test_products_with_few_bits_stay_within_their_bound(
+    product: str, sizes: tuple[int, int, int], generator: torch.Generator
+) -> None:
+    m, n, k = sizes
+    x, w, dy = (torch.randn(shape, generator=generator) for shape in ((m, k), (n, k), (m, n)))
+    a, b = (side(x, w, dy) for side in OPERANDS[product])
+    exact = a.values(torch.float64), b.values(torch.float64)
+    error = (fp8.matmul(a, b, accumulator_bits=14).double() - exact[0] @ exact[1].T).abs()
+    assert (error <= bound(*exact, 14)).all()
+    assert error.max() > (fp8.matmul(a, b).double() - exact[0] @ exact[1].T).abs().max()  # the bits are missed
+
+
+def test_promotion_is_what_long_sums_need(generator: torch.Generator) -> None:
+    """Random values of one sign, K = 4096 as in the report: without promotion what is cut off adds up."""
+    a, b = (torch.rand(16, 4096, generator=generator) for _ in range(2))
+    x, w = fp8.quantised(a, ROW), fp8.quantised(b, (128, 4096))
+    one = Quantised(fp8.quantise(a, scale := fp8.scales_of(a, (16, 4096)), (16, 4096)), scale, (16, 4096))
+    exact = one.values(torch.float64) @ w.values(torch.float64).T
+    never = fp8.accumulate(one.codes, w.codes, 14).double() * (one.scales * w.scales).double()
+    never_off = ((never - exact) / exact).abs().max().item()
+    w = fp8.quantised(b, BLOCK)
+    exact = x.values(torch.float64) @ w.values(torch.float64).T
+    promoted_off = ((fp8.matmul(x, w, accumulator_bits=14).double() - exact) / exact).abs().max().item()
+    assert promoted_off < never_off / 4
+
+
+# ── products of experts ───────────────────────────────────────────────────────────────────────────────────────────
+
+COUNTS = ([0, 130, 128, 0, 41, 1], [0, 0, 0, 0, 0, 0], [300, 0, 0, 0, 0, 0])
+
+
+@kinds
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+def test_grouped_products_equal_one_expert_after_the_other(
+    counts: list[int], kind: Maker, generator: torch.Generator
+) -> None:
+    p, n, k, sizes = sum(counts), 72, 150, torch.tensor(counts)
+    x, dy = (hard(kind, max(p, 3), width, generator)[:p] for width in (k, n))
+    w = torch.stack([hard(kind, n, k, generator) for _ in counts])
+    rows, grads, weight = fp8.quantised(x, ROW), fp8.quantised(dy, ROW), fp8.quantised(w, BLOCK)
+    y, dx = fp8.grouped_matmul(rows, weight, sizes), fp8.grouped_matmul(grads, weight.mT, sizes)
+    dw = fp8.grouped_wgrad(fp8.quantised_by_expert(dy, sizes), fp8.quantised_by_expert(x, sizes), sizes)
+    assert (y.shape, dx.shape, dw.shape) == ((p, n), (p, k), (len(counts), n, k))
+    start = 0
+    for e, size in enumerate(counts):
+        mine, wide = slice(start, start + size), weight.values(torch.float64)[e]
+        for ours, a, b in (
+            (y[mine], rows.values(torch.float64)[mine], wide),
+            (dx[mine], grads.values(torch.float64)[mine], wide.T),
+            (
+                dw[e],
+                fp8.quantised(dy[mine], COLUMN).values(torch.float64).T,
+                fp8.quantised(x[mine], COLUMN).values(torch.float64).T,
+            ),
+        ):
+            assert ((ours.double() - a @ b.T).abs() <= bound(a, b)).all()
+        start += size
+
+
+def test_tiles_of_experts_end_with_them(generator: torch.Generator) -> None:
+    counts = torch.tensor([3, 0, 200])
+    quantised = fp8.quantised_by_expert(plain(203, 10, generator), counts)
+    assert quantised.scales.shape == (1 + 0 + 2, 10)
+    assert [(len(part.codes), len(part.scales)) for part in of_experts(quantised, counts)] == [(3, 1), (0, 0), (200, 2)]
