@@ -140,6 +140,8 @@ class TrainConfig(Section):
     dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: the best that is installed for the device
+    kernel_table: str | None = None  # what `bench kernels` stored here: FP8 only for shapes where it was faster
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
     init_std: float = Field(0.006, gt=0)  # report §4.2
     balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17

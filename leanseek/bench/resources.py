@@ -144,7 +144,9 @@ def _counts() -> Tensor:
 
 def _there_and_back() -> None:
     layout = Layout(
-        _meta(TOKENS, CHOSEN, dtype=torch.int64), _meta(TOKENS * CHOSEN, dtype=torch.int64), _meta(256, dtype=torch.int64)
+        _meta(TOKENS, CHOSEN, dtype=torch.int64),
+        _meta(TOKENS * CHOSEN, dtype=torch.int64),
+        _meta(256, dtype=torch.int64),
     )
     rows = experts.permute(_meta(TOKENS, WIDTH).requires_grad_(), layout)
     weights = _meta(TOKENS, CHOSEN, dtype=torch.float32).requires_grad_()
@@ -171,9 +173,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "quantise RMSNorm": lambda: quantise.quantised_norm(
         _meta(TOKENS, WIDTH), _meta(WIDTH, dtype=torch.float32), 1e-6, keep=True
     ),
-    "FP8 matmul": lambda: fp8_matmul.matmul(
-        _fp8(TOKENS, WIDTH), _fp8(2 * EXPERT, WIDTH, tile=BLOCK), torch.bfloat16
-    ),
+    "FP8 matmul": lambda: fp8_matmul.matmul(_fp8(TOKENS, WIDTH), _fp8(2 * EXPERT, WIDTH, tile=BLOCK), torch.bfloat16),
     "FP8 matmul, 64 rows": lambda: fp8_matmul.matmul(
         _fp8(64, WIDTH), _fp8(2 * EXPERT, WIDTH, tile=BLOCK), torch.bfloat16
     ),
@@ -187,9 +187,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
     "FP8 grouped, Wgrad": lambda: fp8_matmul.grouped_wgrad(
         _fp8(2 * EXPERT, TOKENS * CHOSEN).mT, _fp8(WIDTH, TOKENS * CHOSEN).mT, _counts()
     ),
-    "BF16 grouped": lambda: grouped.forward(
-        _meta(TOKENS * CHOSEN, WIDTH), _meta(LOCAL, 2 * EXPERT, WIDTH), _counts()
-    ),
+    "BF16 grouped": lambda: grouped.forward(_meta(TOKENS * CHOSEN, WIDTH), _meta(LOCAL, 2 * EXPERT, WIDTH), _counts()),
     "BF16 grouped, Dgrad": lambda: grouped.input_gradient(
         _meta(TOKENS * CHOSEN, 2 * EXPERT), _meta(LOCAL, 2 * EXPERT, WIDTH), _counts()
     ),
@@ -197,7 +195,7 @@ LAUNCHES: dict[str, Callable[[], object]] = {
         _meta(TOKENS * CHOSEN, 2 * EXPERT), _meta(TOKENS * CHOSEN, WIDTH), _counts(), torch.float32
     ),
     "permute, unpermute, there and back": _there_and_back,
-    "cross-entropy": lambda: loss.losses_and_error(_meta(1024, 129_280), _meta(1024, dtype=torch.int64), -100, True),
+    "cross-entropy": lambda: loss.losses_and_error(_meta(1024, 129_280), _meta(1024, dtype=torch.int64), True),
     "RoPE": lambda: rope.rope(_meta(TOKENS, 1, 64), *[_meta(TOKENS, 32, dtype=torch.float32)] * 2),
     "decode, 128 heads": lambda: _decode(128, 128, 64),
     "decode, 128 heads, one text": lambda: _decode(1, 128, 64),

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import SwiGLU
-from leanseek.ops.experts import Layout, lay_out, permute, unpermute, wants_padding
+from leanseek.ops.backend import PLAIN
+from leanseek.ops.experts import Layout, lay_out, wants_padding
 from leanseek.ops.precision import Plain, Precision
 from leanseek.ops.routing import choose, route
 
@@ -126,16 +127,17 @@ class LocalDispatcher:
     def __init__(self, n_experts: int) -> None:
         self.n_experts = n_experts
         self.may_pad = True  # between experts, where that is faster
+        self.kernels = PLAIN
 
     def dispatch(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Layout]:
         """x [N, D], experts [N, K] → rows [P, D] sorted by expert, counts [E], and what `combine` needs."""
         padded = self.may_pad and wants_padding(x, experts.numel(), self.n_experts)
         layout = lay_out(experts, self.n_experts, padded)
-        return permute(x, layout), layout.counts, layout
+        return self.kernels.permute(x, layout), layout.counts, layout
 
     def combine(self, rows: Tensor, weights: Tensor, way_back: Layout) -> Tensor:
         """rows [P, D], weights [N, K] → weighted sums [N, D]."""
-        return unpermute(rows, way_back, weights)
+        return self.kernels.unpermute(rows, way_back, weights)
 
 
 def sequence_balance_loss(scores: Tensor, k: int) -> Tensor:

@@ -50,7 +50,12 @@ class Measured:
 
     def write(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"version": VERSION, "device": self.device, "gains": self.gains, "grouped_by_triton": self.grouped_by_triton}
+        whole = {
+            "version": VERSION,
+            "device": self.device,
+            "gains": self.gains,
+            "grouped_by_triton": self.grouped_by_triton,
+        }
         path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
 
     @classmethod

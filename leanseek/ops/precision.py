@@ -9,8 +9,8 @@ from typing import Protocol
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.elementwise import swiglu
-from leanseek.ops.experts import grouped_linear
 
 
 class Precision(Protocol):
@@ -31,6 +31,9 @@ class Precision(Protocol):
 class Plain:
     """The activations' own precision, whatever the weights rest in."""
 
+    def __init__(self, kernels: Kernels = PLAIN) -> None:
+        self.kernels = kernels
+
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight.to(x.dtype))
 
@@ -38,5 +41,5 @@ class Plain:
         return self.linear(swiglu(gate_up), weight)
 
     def experts(self, rows: Tensor, gate_up: Tensor, down: Tensor, counts: Tensor) -> Tensor:
-        hidden = swiglu(grouped_linear(rows, gate_up.to(rows.dtype), counts))
-        return grouped_linear(hidden, down.to(rows.dtype), counts)
+        hidden = swiglu(self.kernels.grouped_linear(rows, gate_up.to(rows.dtype), counts))
+        return self.kernels.grouped_linear(hidden, down.to(rows.dtype), counts)

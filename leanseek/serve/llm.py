@@ -16,6 +16,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
+from leanseek.ops.backend import kernels_for
 from leanseek.serve.engine import Engine, Request
 from leanseek.serve.sampling import Sampling
 
@@ -148,6 +149,7 @@ def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None 
         dtype = torch.bfloat16 if config.train.dtype in ("bf16", "fp8") else torch.float32
     model = Transformer(config.model, dtype)
     load_model_weights(checkpoint.model, model)
+    model.use(kernels_for(place))
     return model.to(place)
 
 

@@ -18,9 +18,11 @@ from leanseek.ops.fp8_linear import AfterAttention, Fp8
 
 
 def in_fp8(model: Transformer) -> None:
-    """Has every matrix of the blocks, gates apart, multiply in FP8. The weights stay as they are: FP32 masters."""
+    """Has every matrix of the blocks, gates apart, multiply in FP8, by the model's kernels. The weights stay as they are:
+    FP32 masters."""
     scale_format = model.config.verbatim.get("quantization_config", {}).get("scale_fmt")
-    precision, after_attention = Fp8(scale_format == "ue8m0"), AfterAttention(scale_format == "ue8m0")
+    how = scale_format == "ue8m0", model.kernels
+    precision, after_attention = Fp8(*how), AfterAttention(*how)
     for block in (module for module in model.modules() if isinstance(module, Block)):
         for module in block.modules():
             if isinstance(module, (Linear, Experts)):

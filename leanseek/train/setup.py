@@ -12,6 +12,7 @@ from leanseek import checkpoint
 from leanseek.config import BadInput, Config, TrainConfig
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
+from leanseek.ops.backend import Measured, kernels_for
 from leanseek.plan.count import training_bytes
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import Log
@@ -65,6 +66,8 @@ def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
     model.to(config.train.device)
+    table = Measured.read(Path(config.train.kernel_table)) if config.train.kernel_table is not None else None
+    model.use(kernels_for(torch.device(config.train.device), config.train.kernels, table))
     if config.train.dtype == "fp8":
         in_fp8(model)
     optimizers = build_optimizers(model, config.optimizer)
@@ -89,8 +92,9 @@ def train_and_bill(
     """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on."""
     device = torch.device(config.train.device)
     peak = matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192)
+    told = model.kernels.told
     with Log(run, config.train.tokens, peak) as log:
-        log.say(f"{run}: {config.train.tokens:,} tokens, {what}, on {device.type} in {config.train.dtype}")
+        log.say(f"{run}: {config.train.tokens:,} tokens, {what}, on {device.type} in {config.train.dtype} by {told}")
         progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log)
     return write_receipt(run, config, progress, ending)
 

@@ -109,7 +109,7 @@ def loss_sums(
             state, wanted = state.flatten(0, 1), wanted.flatten()
         else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
             state, wanted = state[wanted != IGNORE], wanted[wanted != IGNORE]
-        losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted))
+        losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted, model.kernels.losses_and_error))
     return losses
 
 

@@ -20,7 +20,11 @@ def generator() -> torch.Generator:
 
 def same(ours: Quantised, reference: Quantised) -> bool:
     scales = torch.equal(ours.scales.nan_to_num(-1), reference.scales.nan_to_num(-1))
-    return scales and torch.equal(codes_of(ours.codes) & 0x7F, codes_of(reference.codes) & 0x7F) and ours.tile == reference.tile
+    return (
+        scales
+        and torch.equal(codes_of(ours.codes) & 0x7F, codes_of(reference.codes) & 0x7F)
+        and ours.tile == reference.tile
+    )
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])

@@ -34,7 +34,8 @@ def test_grouped_linear_keeps_its_bound(
         return
     rows, n = sum(counts), len(counts)
     x, w, grad = (
-        torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in ((rows, d), (n, f, d), (rows, f))
+        torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+        for shape in ((rows, d), (n, f, d), (rows, f))
     )
     out = grouped.grouped_linear(x, w, torch.tensor(counts))
     dx, dw = torch.autograd.grad(out, (x, w), grad)
@@ -107,14 +108,16 @@ def test_losses_and_their_gradient(n: int, v: int, generator: torch.Generator) -
     wide = logits.double().requires_grad_()
     exact = torch.nn.functional.cross_entropy(wide, targets, reduction="none", ignore_index=IGNORE)
     (error,) = torch.autograd.grad(exact.sum(), wide)
-    losses, ours = loss.losses_and_error(logits.clone(), targets, IGNORE, gradient=True)
+    losses, ours = loss.losses_and_error(logits.clone(), targets, gradient=True)
     log_sum, chosen = wide.detach().logsumexp(dim=1, keepdim=True), targets.clamp(min=0)[:, None]
-    assert off(losses, exact.detach(), 2.0**-20 * (1 + log_sum.abs() + wide.detach().gather(1, chosen).abs())[:, 0]) <= 1
+    assert (
+        off(losses, exact.detach(), 2.0**-20 * (1 + log_sum.abs() + wide.detach().gather(1, chosen).abs())[:, 0]) <= 1
+    )
     size = 2.0**-22 * (2 + wide.detach().abs().nan_to_num(posinf=0) + log_sum.abs()) * (wide.detach() - log_sum).exp()
     assert off(ours, error, size.scatter_add(1, chosen, size.new_full(chosen.shape, 2.0**-23)) + 2.0**-126) <= 1
     if n > 1:
         logits[1, 0] = float("nan")
-        losses, ours = loss.losses_and_error(logits.clone(), targets, IGNORE, gradient=True)
+        losses, ours = loss.losses_and_error(logits.clone(), targets, gradient=True)
         assert losses.isnan().tolist() == [i == 1 and targets[1] != IGNORE for i in range(n)]
         assert ours.isnan().all(dim=1).tolist() == losses.isnan().tolist()
 

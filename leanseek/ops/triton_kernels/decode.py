@@ -82,7 +82,15 @@ def _joined(parts, logs, out, n_queries, width, SPANS: tl.constexpr, LATENT: tl.
 
 
 def latent_decode(
-    q: Tensor, kept: Tensor, table: Tensor, limits: Tensor, heads: int, latent: int, size: int, scale: float, longest: int
+    q: Tensor,
+    kept: Tensor,
+    table: Tensor,
+    limits: Tensor,
+    heads: int,
+    latent: int,
+    size: int,
+    scale: float,
+    longest: int,
 ) -> Tensor:
     """softmax(q kᵀ · scale) v over each row's own pages: q [B, Q, C + R], kept [slots, C + R] → [B, Q, C].
 
@@ -98,7 +106,9 @@ def latent_decode(
     blocks = cdiv(n_queries, queries)
     c, r = max(power_of_two(latent), 16), max(power_of_two(width - latent), 16)
     latents, ropes = (described(kept, [keys, c]), described(kept, [keys, r])) if whole else (None, None)
-    spans = min(power_of_two(cdiv(processors(q.device), rows * blocks)), power_of_two(cdiv(longest, 4 * keys)), MOST_SPANS)
+    spans = min(
+        power_of_two(cdiv(processors(q.device), rows * blocks)), power_of_two(cdiv(longest, 4 * keys)), MOST_SPANS
+    )
     span = cdiv(cdiv(longest, spans), keys) * keys
     out = torch.empty(rows, n_queries, latent, dtype=q.dtype, device=q.device)
     parts, logs = out, None

@@ -41,9 +41,7 @@ def _spread(
 
 
 @triton.jit
-def _collect(
-    rows, place, weights, out, choices, d, rows_row, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr
-):
+def _collect(rows, place, weights, out, choices, d, rows_row, WEIGHTED: tl.constexpr, COLUMNS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((COLUMNS,), tl.float32)

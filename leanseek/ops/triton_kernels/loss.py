@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from leanseek.ops.loss import IGNORE
+
 COLUMNS = 4096
 
 
@@ -43,13 +45,12 @@ def _losses(
             tl.store(start + column, tl.where(valid, error, 0.0), column < v)
 
 
-def losses_and_error(logits: Tensor, targets: Tensor, ignore: int, gradient: bool) -> tuple[Tensor, Tensor]:
-    """logits [N, V], targets [N] → −log p of each target [N] FP32, 0 where it is `ignore`; and, where a gradient is
-    asked for, d loss / d logits [N, V], which takes the place of the logits."""
+def losses_and_error(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """`ops/loss.py · losses_and_error`: logits [N, V] are overwritten by their gradient, where it is asked for."""
     n, v = logits.shape
     losses = torch.empty(n, device=logits.device)
     if n:
         _losses[(n,)](
-            logits, targets, losses, v, logits.stride(0), GRADIENT=gradient, IGNORE=ignore, COLUMNS=COLUMNS, num_warps=8
+            logits, targets, losses, v, logits.stride(0), GRADIENT=gradient, IGNORE=IGNORE, COLUMNS=COLUMNS, num_warps=8
         )
     return losses, logits
