@@ -109,9 +109,9 @@ def one_scale_for_all(scales_of: Callable[..., Tensor]) -> Callable[..., Tensor]
 def gradients_in_blocks(quantised: Callable[..., fp8.Quantised]) -> Callable[..., fp8.Quantised]:
     """What goes backward has blocks of 128 × 128 where it had tiles of 1 × 128."""
 
-    def coarse(values: Tensor, tile: fp8.Tile, *rest: bool) -> fp8.Quantised:
+    def coarse(values: Tensor, tile: fp8.Tile, power_of_two: bool = False) -> fp8.Quantised:
         backward = torch._C._current_graph_task_id() != -1
-        return quantised(values, fp8.BLOCK if backward and tile == fp8.ROW else tile, *rest)
+        return quantised(values, fp8.BLOCK if backward and tile == fp8.ROW else tile, power_of_two)
 
     return coarse
 

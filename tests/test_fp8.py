@@ -353,3 +353,206 @@ def test_tiles_of_experts_end_with_them(generator: torch.Generator) -> None:
     quantised = fp8.quantised_by_expert(plain(203, 10, generator), counts)
     assert quantised.scales.shape == (1 + 0 + 2, 10)
     assert [(len(part.codes), len(part.scales)) for part in of_experts(quantised, counts)] == [(3, 1), (0, 0), (200, 2)]
+
+
+# ── layers ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def through_fp8(values: Tensor, tile: Tile, power_of_two: bool = False) -> Tensor:
+    """What FP8 leaves of rows [R, C], in FP64, one tile after the other: a twin that shares no code with `ops.fp8`."""
+    out, (r, c) = torch.zeros(values.shape, dtype=torch.float64), tile
+    for i in range(0, values.shape[0], r):
+        for j in range(0, values.shape[1], c):
+            part = values[i : i + r, j : j + c].float()
+            scale = part.abs().max() / 448 if part.any() else torch.tensor(1.0)
+            if power_of_two:
+                scale = 2.0 ** torch.log2(scale).ceil()
+            out[i : i + r, j : j + c] = nearest((part / scale).clamp(-448, 448), E4M3) * scale.double()
+    return out
+
+
+def silu_product(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def layer_twin(kind: str, x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """y, dx and dW of a layer on rows x [M, …], by the report's list and in FP64."""
+    wide, attention = through_fp8(w, BLOCK), kind == "after attention"
+    if kind == "after swiglu":
+        read = silu_product(x)  # in the activations' precision, as the layer does
+        kept = through_fp8(x, ROW).to(x.dtype).requires_grad_()
+        hidden = silu_product(kept)
+        y = through_fp8(read, ROW) @ wide.T
+        d_hidden = (through_fp8(dy, ROW) @ wide).to(x.dtype)
+        (dx,) = torch.autograd.grad(hidden, kept, d_hidden)
+        return y, dx, through_fp8(dy, COLUMN).T @ through_fp8(hidden.detach(), COLUMN)
+    y = through_fp8(x, ROW, attention) @ wide.T
+    kept = through_fp8(x, ROW)
+    if attention:
+        scales = spread(fp8.scales_of(x, ROW, power_of_two=True), ROW, x.shape).double()
+        kept = nearest(x.double() / scales, E5M6) * scales
+    dw = through_fp8(dy, COLUMN).T @ through_fp8(kept, COLUMN, attention)
+    return y, through_fp8(dy, ROW) @ wide, dw
+
+
+@pytest.mark.parametrize("kind", ["linear", "after swiglu", "after attention"])
+@pytest.mark.parametrize("sizes", [(2, 70, 136, 200), (1, 1, 16, 24)], ids=str)
+def test_a_layer_equals_its_twin(kind: str, sizes: tuple[int, ...], generator: torch.Generator) -> None:
+    b, t, n, k = sizes
+    width = 2 * k if kind == "after swiglu" else k
+    x = torch.randn(b, t, width, generator=generator).bfloat16().requires_grad_()
+    layer = Linear(k, n)
+    layer.weight.data.normal_(generator=generator)
+    layer.precision = AfterAttention() if kind == "after attention" else Fp8()
+    y = layer(x, after_swiglu=kind == "after swiglu")
+    dy = torch.randn(b, t, n, generator=generator).bfloat16()
+    y.backward(dy)
+    twin = layer_twin(kind, x.detach().flatten(0, 1), layer.weight.detach(), dy.flatten(0, 1))
+    assert (y.dtype, x.grad.dtype, layer.weight.grad.dtype) == (torch.bfloat16, torch.bfloat16, torch.float32)
+    for ours, theirs in zip((y.flatten(0, 1), x.grad.flatten(0, 1), layer.weight.grad), twin, strict=True):
+        size = theirs.double().abs().max()
+        # BF16 keeps eight digits; where one of the two rounds a value the other way, all that follows moves a little.
+        assert ((ours.double() - theirs.double()).abs() <= 2**-8 * theirs.double().abs() + 2**-9 * size).all()
+        assert (ours.double() - theirs.double()).square().mean().sqrt() <= 2**-9 * size
+
+
+@pytest.mark.parametrize("counts", [[0, 150, 3, 47], [200, 0, 0, 0]], ids=str)
+@pytest.mark.parametrize("f", [128, 72])
+def test_experts_equal_layers_one_after_the_other(f: int, counts: list[int], generator: torch.Generator) -> None:
+    """Gate and up apart, each expert alone: the grouped layer joins them where it may."""
+    d, sizes = 160, torch.tensor(counts)
+    gate_up = torch.randn(4, 2 * f, d, generator=generator).requires_grad_()
+    down = torch.randn(4, d, f, generator=generator).requires_grad_()
+    rows = torch.randn(200, d, generator=generator).bfloat16().requires_grad_()
+    dy = torch.randn(200, d, generator=generator).bfloat16()
+    y = Fp8().experts(rows, gate_up, down, sizes)
+    y.backward(dy)
+    start = 0
+    for e, count in enumerate(counts):
+        mine = slice(start, start + count)
+        start += count
+        if not count:
+            assert not gate_up.grad[e].any()
+            assert not down.grad[e].any()
+            continue
+        x, g = rows.detach()[mine], dy[mine]
+        w = [through_fp8(part, BLOCK) for part in gate_up.detach()[e].split(f)] + [through_fp8(down.detach()[e], BLOCK)]
+        read = through_fp8(x, ROW, True)
+        inner = torch.cat([read @ w[0].T, read @ w[1].T], dim=-1).bfloat16()
+        kept = through_fp8(inner, ROW).bfloat16().requires_grad_()
+        hidden = silu_product(kept)
+        (d_inner,) = torch.autograd.grad(hidden, kept, (through_fp8(g, ROW, True) @ w[2]).bfloat16())
+        halves = d_inner.chunk(2, dim=-1)
+        twin = {
+            "y": (y[mine], through_fp8(silu_product(inner), ROW) @ w[2].T),
+            "dx": (rows.grad[mine], sum(through_fp8(half, ROW) @ wide for half, wide in zip(halves, w, strict=False))),
+            "down": (down.grad[e], through_fp8(g, COLUMN, True).T @ through_fp8(hidden.detach(), COLUMN)),
+            "gate_up": (
+                gate_up.grad[e],
+                torch.cat([through_fp8(half, COLUMN).T @ through_fp8(read, COLUMN, True) for half in halves]),
+            ),
+        }
+        for ours, theirs in twin.values():
+            size = theirs.double().abs().max()
+            assert (ours.double() - theirs.double()).square().mean().sqrt() <= 2**-9 * size
+
+
+def kept_for_backward(compute: Callable[[], Tensor]) -> dict[int, Tensor]:
+    """The tensors that a forward pass keeps, by where they lie."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = compute()
+    del output
+    return kept
+
+
+def test_codes_are_kept_and_not_the_input(generator: torch.Generator) -> None:
+    """Of x [M, D]: M · D bytes and the scales, once, though gate and up both read it; of their outputs the same."""
+    m, d, f = 256, 384, 128
+    ffn, x = SwiGLU(d, f), torch.randn(1, m, d, generator=generator).bfloat16().requires_grad_()
+    nn.init.normal_(ffn.gate_proj.weight), nn.init.normal_(ffn.up_proj.weight), nn.init.normal_(ffn.down_proj.weight)
+    for module in ffn.children():
+        module.precision = plain_ = Plain()
+    wide = sum(tensor.untyped_storage().nbytes() for tensor in kept_for_backward(lambda: ffn(x)).values())
+    precision = Fp8()
+    for module in ffn.children():
+        module.precision = precision
+    kept = kept_for_backward(lambda: ffn(x))
+    narrow = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    assert isinstance(plain_, Plain)
+    weights = 3 * d * f + 4 * 3 * d * f // 128**2
+    assert narrow == m * d + 4 * m * d // 128 + m * 2 * f + 4 * m * 2 * f // 128 + weights
+    assert wide >= 2 * m * (d + 2 * f + f)  # BF16, and SwiGLU's output too
+
+
+def test_the_output_of_attention_is_kept_in_twelve_bits(generator: torch.Generator) -> None:
+    layer, x = Linear(256, 128), torch.randn(1, 64, 256, generator=generator).bfloat16().requires_grad_()
+    nn.init.normal_(layer.weight)
+    layer.precision = AfterAttention()
+    kept = sum(tensor.untyped_storage().nbytes() for tensor in kept_for_backward(lambda: layer(x)).values())
+    assert kept == 64 * 256 * 3 // 2 + 4 * 64 * 2 + 256 * 128 + 4 * 2
+
+
+def tiny(dtype: str = "fp8", *overrides: str) -> Transformer:
+    config = read_recipe(str(RECIPE), overrides)
+    model = Transformer(config.model, torch.bfloat16)
+    model.initialise(0.05, torch.Generator().manual_seed(0))
+    if dtype == "fp8":
+        in_fp8(model)
+    return model
+
+
+def test_exactly_the_reports_list_is_in_fp8() -> None:
+    """All that a release holds in FP8, and nothing else: no embedding, head, gate, norm or `eh_proj`."""
+    model = tiny()
+    ours = {
+        f"{name}.{weight}"
+        for name, module in model.named_modules()
+        if isinstance(module, (Linear, Experts)) and isinstance(module.precision, Fp8)
+        for weight, _ in module.named_parameters(recurse=False)
+    }
+    released = {place.name for name, place in layout(model.config).items() if QUANTISED.fullmatch(name)}
+    assert ours == released
+    after = [name for name, m in model.named_modules() if isinstance(getattr(m, "precision", None), AfterAttention)]
+    assert after == [name for name in dict(model.named_modules()) if name.endswith("self_attn.o_proj")]
+
+
+def test_weights_are_quantised_once_a_step_and_anew_in_the_next() -> None:
+    model = tiny()
+    model.train()
+    ids = torch.randint(0, 320, (2, 17), generator=torch.Generator().manual_seed(1))
+    blocks: list[Tensor] = []
+
+    def watched(quantised: Callable[..., Quantised]) -> Callable[..., Quantised]:
+        def watch(values: Tensor, tile: Tile, power_of_two: bool = False) -> Quantised:
+            if tile == BLOCK:
+                blocks.append(values)
+            return quantised(values, tile, power_of_two)
+
+        return watch
+
+    matrices = sum(len(list(m.parameters())) for m in model.modules() if isinstance(getattr(m, "precision", 0), Fp8))
+    with instead("quantised", watched):
+        for _ in range(2):
+            with weights_quantised_once(model):
+                first = [loss_sums(model, ids[:, :-1], ids[:, 1:])[0].item() for _ in range(3)]
+            assert len(set(first)) == 1
+        assert len(blocks) == 2 * matrices
+        blocks.clear()
+        with torch.no_grad():  # outside, every use sees the weights as they are
+            before = loss_sums(model, ids[:, :-1], ids[:, 1:])[0].item()
+            model.layers["0"].mlp.down_proj.weight.mul_(3)
+            assert loss_sums(model, ids[:, :-1], ids[:, 1:])[0].item() != before
+        assert len(blocks) == 2 * matrices
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_fails_the_twin(fault: str, generator: torch.Generator) -> None:
+    with instead(*FAULTS[fault]), pytest.raises(AssertionError):
+        test_a_layer_equals_its_twin("linear", (2, 70, 136, 200), generator)

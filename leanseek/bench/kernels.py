@@ -1,8 +1,9 @@
 """`bench kernels`: what the machine can do at best, each kernel's share of it, and which products FP8 makes faster.
 
-Every row is measured in turn with its peer: a ceiling that is measured here too, or, on a GPU, PyTorch's BF16 on the same
-shape. On a CPU the kernels are the plain ones. On a GPU from Hopper on they are those that `ops/backend.py` chooses, each
-checked against the plain one on the device before it is timed; what FP8 gains is stored for `train.kernel_table`.
+Every row is measured in turn with its peer: a ceiling that is measured here too, or, on a GPU, PyTorch's BF16 on the
+same shape. On a CPU the kernels are the plain ones. On a GPU from Hopper on they are those that `ops/backend.py`
+chooses, each checked against the plain one on the device before it is timed; what FP8 gains is stored for
+`train.kernel_table`.
 """
 
 from pathlib import Path

@@ -74,7 +74,10 @@ class _Compiler:
 
 
 def resources(capability: int, only: str = "") -> Iterator[Resources]:
-    """One row per compiled kernel of the launches whose name begins with `only`. Raises BadInput under the interpreter."""
+    """One row per compiled kernel of the launches whose name begins with `only`.
+
+    Raises BadInput under the interpreter.
+    """
     if triton.knobs.runtime.interpret:
         raise BadInput("TRITON_INTERPRET is set: under the interpreter nothing is compiled")
     for name, launch in LAUNCHES.items():

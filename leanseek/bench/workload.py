@@ -1,4 +1,4 @@
-"""What `bench kernels` measures: V3's operations, at its shapes on a GPU and smaller ones on a CPU, with what they cost.
+"""What `bench kernels` measures: V3's operations with what they cost, at its shapes on a GPU and smaller ones on a CPU.
 
 Work counts what must be done in any case: 2·M·N·K operations of a product, each operand read and each result written
 once.
@@ -27,7 +27,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
 @dataclass(frozen=True)
 class Work:
-    """A call, and how much it does in units of 10¹² operations or 10⁹ bytes."""
+    """A call, and how much it does, in its unit."""
 
     call: Callable[[], object]
     amount: float
@@ -38,7 +38,8 @@ class Work:
 
 
 def operations(count: float, call: Callable[[], object]) -> Work:
-    return Work(call, count / 1e12, "TFLOP/s")
+    gpu = torch.cuda.is_available()
+    return Work(call, count / (1e12 if gpu else 1e9), "TFLOP/s" if gpu else "GFLOP/s")
 
 
 def moving(count: float, call: Callable[[], object]) -> Work:
@@ -205,13 +206,20 @@ def _of_experts(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[C
     multiply, plain = (partial(which.grouped_matmul, a, b, counts, x.dtype) for which in (kernels, PLAIN))
     in_fp8 = operations(work, multiply)
     yield Case("fp8 grouped", in_fp8, _fp8_ceiling(kernels), result=multiply, twin=plain)
-    by_expert = [kernels.quantised_by_expert(each, counts) for each in (grad, x)]
+
+    def weight_gradient(which: Kernels) -> Tensor:
+        return which.grouped_wgrad(*columns[which], counts)
+
+    columns = {
+        which: (which.quantised_by_expert(grad, counts), which.quantised_by_expert(x, counts))
+        for which in (kernels, PLAIN)
+    }
     yield Case(
         "fp8 grouped Wgrad",
-        operations(work, lambda: kernels.grouped_wgrad(by_expert[0], by_expert[1], counts)),
+        operations(work, partial(weight_gradient, kernels)),
         _fp8_ceiling(kernels),
-        result=lambda: kernels.grouped_wgrad(by_expert[0], by_expert[1], counts),
-        twin=lambda: PLAIN.grouped_wgrad(*(PLAIN.quantised_by_expert(each, counts) for each in (grad, x)), counts),
+        result=partial(weight_gradient, kernels),
+        twin=partial(weight_gradient, PLAIN),
     )
     if kernels is not PLAIN:
         grouped = import_module("leanseek.ops.triton_kernels.grouped")

@@ -28,8 +28,8 @@ class Fp8:
     """The `Precision` of a model's layers in FP8; its layers share one.
 
     Weights are quantised anew at each use, but within `weights_kept` once: that is for the micro-batches of a step.
-    `power_of_two_weights` gives weights the scales of releases that say `scale_fmt: ue8m0`. Products of shapes for which
-    FP8 was measured to lose stay in the activations' precision.
+    `power_of_two_weights` gives weights the scales of releases that say `scale_fmt: ue8m0`. Products of shapes for
+    which FP8 was measured to lose stay in the activations' precision.
     """
 
     def __init__(self, power_of_two_weights: bool = False, kernels: Kernels = PLAIN) -> None:

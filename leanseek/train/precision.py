@@ -18,19 +18,22 @@ from leanseek.ops.fp8_linear import AfterAttention, Fp8
 
 
 def in_fp8(model: Transformer) -> None:
-    """Has every matrix of the blocks, gates apart, multiply in FP8, by the model's kernels. The weights stay as they are:
-    FP32 masters."""
+    """Has every matrix of the blocks, gates apart, multiply in FP8, by the model's kernels.
+
+    The weights stay as they are: FP32 masters.
+    """
     scale_format = model.config.verbatim.get("quantization_config", {}).get("scale_fmt")
     how = scale_format == "ue8m0", model.kernels
     precision, after_attention = Fp8(*how), AfterAttention(*how)
-    for block in (module for module in model.modules() if isinstance(module, Block)):
-        for module in block.modules():
-            if isinstance(module, (Linear, Experts)):
-                module.precision = precision
-            if isinstance(module, MLA):
-                module.o_proj.precision = after_attention
-            if isinstance(module, Experts) and isinstance(module.dispatcher, LocalDispatcher):
-                module.dispatcher.may_pad = False  # rows of padding would have a say in scales
+    modules = [module for block in model.modules() if isinstance(block, Block) for module in block.modules()]
+    for module in modules:
+        if isinstance(module, (Linear, Experts)):
+            module.precision = precision
+        if isinstance(module, Experts) and isinstance(module.dispatcher, LocalDispatcher):
+            module.dispatcher.may_pad = False  # rows of padding would have a say in scales
+    for module in modules:
+        if isinstance(module, MLA):
+            module.o_proj.precision = after_attention
 
 
 @contextmanager

@@ -55,7 +55,7 @@ def described(x: Tensor, block: list[int]) -> Any:
 
 
 def aligned(x: Tensor) -> Tensor:
-    """x [..., D], or a copy, whose rows are in one piece and begin at multiples of 16 bytes, as the engine wants them."""
+    """x [..., D], or a copy, with rows in one piece that begin at multiples of 16 bytes, as the engine wants them."""
     strided = all(stride * x.itemsize % 16 == 0 for stride in x.stride()[:-1])
     if x.stride(-1) == 1 and strided and x.data_ptr() % 16 == 0:
         return x

@@ -1,6 +1,6 @@
 """Latent attention for decoding, straight over the pages of the cache (report §2.1.1, absorbed form).
 
-B rows · T new tokens of each · H heads, Q = T · H queries of a row · C latent width · R rotary width · Z tokens of a page.
+B rows · T new tokens of each · H heads, Q = T · H queries of a row · C latent width · R rotary width · Z tokens a page.
 All heads share one key, C + R wide, whose first C values are the value too; so a key is read once for all of them.
 The keys of a row are cut into spans that are worked through side by side; a second kernel joins the spans.
 
@@ -23,8 +23,8 @@ WHOLE_PAGE = 64  # tokens that are worked through at once; pages of so many, or 
 
 @triton.jit
 def _decode(
-    q, kept, latents, ropes, table, limits, out, logs, n_queries, heads, width, rope, pages, span, q_row, kept_row, scale,
-    WHOLE: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LATENT: tl.constexpr,
+    q, kept, latents, ropes, table, limits, out, logs, n_queries, heads, width, rope, pages, span, q_row, kept_row,
+    scale, WHOLE: tl.constexpr, SIZE: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, LATENT: tl.constexpr,
     ROPE: tl.constexpr, SPANS: tl.constexpr,
 ):  # fmt: skip
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(2)

@@ -1,8 +1,8 @@
 """Tokens to their experts and back (report §2.1.2): rows copied to where they belong, and summed with weights again.
 
-N tokens · K experts each · P rows sorted by expert · D width. `place` [N, K] is that of `ops/experts.py · Layout`, whose
-`permute` and `unpermute` are the plain twins. Copies are exact. Sums of K weighted rows are formed in FP32, in the order
-of choice: off by at most (K + 1) · 2⁻²⁴ · Σ|w x| and the rounding of the result.
+N tokens · K experts each · P rows sorted by expert · D width. `place` [N, K] is that of a `Layout` of `ops/experts.py`,
+where the plain twins are. Copies are exact. Sums of K weighted rows are formed in FP32, in the order of choice: off by
+at most (K + 1) · 2⁻²⁴ · Σ|w x| and the rounding of the result.
 """
 
 from typing import Any

@@ -1,14 +1,13 @@
 """FP8 matmul with a scale for every 128 values of K, each 128 summed by the tensor core and promoted to FP32
-(report §3.3.2): dense, over groups of rows one behind the other, over groups in fixed slots, and summed over the rows of
-groups.
+(report §3.3.2): dense, over groups of rows, one behind the other or in fixed slots, and summed over the rows of groups.
 
-M rows · N columns · K summed over · E experts. Operands are `ops/fp8.py`'s `Quantised`: a in ROW tiles, b in blocks or in
-ROW tiles too.
+M rows · N columns · K summed over · E experts. Operands are `ops/fp8.py`'s `Quantised`: a in ROW tiles, b in blocks or
+in ROW tiles too.
 
 out = Σ over tiles t of K: (Σ within t of codes) · scale_a · scale_b, the outer sum in FP32. Against exact arithmetic on
-the same codes an element is off by at most (min(K, 128) + ⌈K/128⌉ + 4) · 2⁻²⁴ · Σ|a||b|, as `ops/fp8.py · matmul` is, and
-33 · 2⁻¹¹ · Σ|a||b| more on Hopper, whose tensor core keeps about 14 bits within a tile; then the output is rounded. NaN in
-a row or column of the operands makes NaN of that row or column, and of nothing else.
+the same codes an element is off by at most (min(K, 128) + ⌈K/128⌉ + 4) · 2⁻²⁴ · Σ|a||b|, as `ops/fp8.py · matmul` is;
+on Hopper, whose tensor core keeps about 14 bits within a tile, by 33 · 2⁻¹¹ · Σ|a||b| more; then the output is rounded.
+NaN in a row or column of the operands makes NaN of that row or column, and of nothing else.
 """
 
 import torch
@@ -106,14 +105,14 @@ def slotted_matmul(
 
     What decoding wants: shapes that never change. Rows that are not filled stay unwritten.
     """
-    experts, slot, k = a.codes.shape
+    experts, slot, _ = a.codes.shape
     rows = Quantised(a.codes.flatten(0, 1), a.scales.flatten(0, 1), a.tile)
     return _launch(rows, b, counts, slot, SLOTS, dtype, tile).view(experts, slot, -1)
 
 
 def grouped_wgrad(grad: Quantised, x: Quantised, counts: Tensor, tile: Tile | None = None) -> Tensor:
-    """The gradient of each expert's matrix: grad [·, N] and x [·, K] from `quantise.py · quantised_by_expert`, counts [E]
-    → FP32 [E, N, K]; zeros for an expert without rows."""
+    """The gradient of each expert's matrix: grad [·, N] and x [·, K] from `quantised_by_expert` of `quantise.py`,
+    counts [E] → FP32 [E, N, K]; zeros for an expert without rows."""
     f, d, experts = grad.codes.shape[1], x.codes.shape[1], counts.shape[0]
     out = torch.empty(experts, f, d, device=counts.device)
     if not x.codes.numel() or not grad.codes.numel():

@@ -1,9 +1,9 @@
 """Cross-entropy and its gradient in place of the logits: what `ops/loss.py` does with each piece of its rows, in two
 passes over memory that is there anyway.
 
-N tokens of a piece · V vocabulary. In FP32: a loss is off by at most 2⁻²⁰ (1 + |logit of the target| + |log of the sum|),
-an element of the gradient by 2⁻²² (2 + |logit| + |log of the sum|) of its probability, 2⁻²³ more at the target, and by
-the rounding to the logits' precision. A NaN among a row's logits makes NaN of the row.
+N tokens of a piece · V vocabulary. In FP32: a loss is off by at most 2⁻²⁰ (1 + |logit of the target| + |log of the
+sum|), an element of the gradient by 2⁻²² (2 + |logit| + |log of the sum|) of its probability, 2⁻²³ more at the target,
+and by the rounding to the logits' precision. A NaN among a row's logits makes NaN of the row.
 """
 
 import torch

@@ -69,7 +69,7 @@ def _columns(
     FORM: tl.constexpr, POWER_OF_TWO: tl.constexpr, COLUMNS: tl.constexpr, SIDE: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
-    group, first, end = located(tile, counts, groups, m, FORM, SIDE, GROUPS)
+    _, first, end = located(tile, counts, groups, m, FORM, SIDE, GROUPS)
     if first >= end:
         return
     row = first + tl.arange(0, SIDE)
@@ -139,8 +139,8 @@ def quantised_swiglu(gate_up: Tensor, power_of_two: bool = False) -> Quantised:
 def quantised_by_expert(values: Tensor, counts: Tensor, power_of_two: bool = False) -> Quantised:
     """Rows [M, K] sorted by expert in COLUMN tiles that end where an expert's rows do, counts [E].
 
-    Each expert begins at a new tile of codes [128 · t, K], t the most tiles that there can be; the rest of its last tile
-    is zeros. Nothing here waits to hear from the GPU how many there are.
+    Each expert begins at a new tile of codes [128 · t, K], t the most tiles that there can be; the rest of its last
+    tile is zeros. Nothing here waits to hear from the GPU how many there are.
     """
     return _in_columns(values, counts, power_of_two)
 

@@ -53,7 +53,8 @@ class _Rope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _launch(grad, *ctx.saved_tensors, back=True), None, None  # a turn's gradient is the turn back
+        cos, sin = ctx.saved_tensors
+        return _launch(grad, cos, sin, back=True), None, None  # a turn's gradient is the turn back
 
 
 def _launch(x: Tensor, cos: Tensor, sin: Tensor, back: bool) -> Tensor:
