@@ -21,6 +21,7 @@ from leanseek.ops.fp8 import BLOCK, COLUMN, ROW
 from leanseek.ops.loss import linear_cross_entropy
 
 PAGE = 64  # tokens
+ENOUGH = 0.02  # seconds that a measurement lasts at least
 BY_TRITON = "grouped by Triton"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -113,7 +114,7 @@ def cases(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[Case]:
     yield from _of_decoding(device, kernels, s)
 
 
-def seconds(call: Callable[[], object], enough: float = 0.02) -> float:
+def seconds(call: Callable[[], object]) -> float:
     """One call's time: after a first, the mean of as many as take long enough."""
     call()
     calls = 1
@@ -124,9 +125,9 @@ def seconds(call: Callable[[], object], enough: float = 0.02) -> float:
             call()
         _wait()
         spent = time.perf_counter() - begun
-        if spent >= enough:
+        if spent >= ENOUGH:
             return spent / calls
-        calls = math.ceil(calls * min(1.2 * enough / spent, 100))
+        calls = math.ceil(calls * min(1.2 * ENOUGH / spent, 100))
 
 
 def _wait() -> None:
