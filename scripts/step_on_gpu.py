@@ -4,6 +4,7 @@
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -48,6 +49,10 @@ class Theirs:
         self.optimizer.zero_grad()
 
 
+def _rate(step: Callable[[Tensor], None], ids: Tensor) -> float:
+    return ids.numel() / seconds(partial(step, ids))
+
+
 def main(recipe: str = "small", table: str | None = None, device: str = "cuda") -> None:
     place = torch.device(device)
     # transformers leaves MTP out
@@ -62,9 +67,8 @@ def main(recipe: str = "small", table: str | None = None, device: str = "cuda") 
     }
     peak = matmul_peak(place, torch.bfloat16, 8192 if place.type == "cuda" else 512)
     per_token = flops_per_token(configs["bf16"].model, length)
-    print(
-        f"{recipe}, {ROWS}×{length}; BF16 matmul {peak / 1e12:,.3g} TFLOP/s; kernels: {sides['bf16'].model.kernels.told}"
-    )
+    told = sides["bf16"].model.kernels.told
+    print(f"{recipe}, {ROWS}×{length}; BF16 matmul {peak / 1e12:,.3g} TFLOP/s; kernels: {told}")
     for name in ("bf16", "fp8"):
         row = in_turn(name, "tokens/s", rates[name], rates["theirs"], ROUNDS)
         speed = row.ours * per_token

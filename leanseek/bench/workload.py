@@ -14,10 +14,11 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
+from leanseek.model.rope import apply_rope
 from leanseek.ops import experts
 from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.elementwise import rms_norm, swiglu
-from leanseek.ops.fp8 import BLOCK, COLUMN, ROW
+from leanseek.ops.fp8 import BLOCK, COLUMN, ROW, Tile
 from leanseek.ops.loss import linear_cross_entropy
 
 PAGE = 64  # tokens
@@ -96,7 +97,7 @@ def ceilings(device: torch.device, quick: bool) -> dict[str, Work]:
     found = {"copy": moving(2 * source.nbytes, lambda: target.copy_(source))}
     for dtype, name in NAMES.items():
         x = torch.randn(size, size, device=device).to(dtype)
-        found[f"matmul {name}"] = operations(2 * size**3, lambda x=x: x @ x)  # type: ignore[misc]
+        found[f"matmul {name}"] = operations(2 * size**3, partial(torch.matmul, x, x))
     if gpu and torch.cuda.get_device_capability(device) >= (9, 0):
         one, codes = torch.ones((), device=device), torch.randn(size, size, device=device).to(torch.float8_e4m3fn)
         found["matmul fp8"] = operations(
@@ -159,14 +160,7 @@ def _of_memory(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[Ca
     weight = _normal(device, s.width)
     yield Case("rms_norm", moving(2 * x.nbytes, lambda: rms_norm(x, weight, 1e-6)), "copy")
     yield Case("swiglu", moving(1.5 * gate_up.nbytes, lambda: swiglu(gate_up)), "copy")
-    for name, tile in (("rows", ROW), ("columns", COLUMN), ("blocks", BLOCK)):
-        yield Case(
-            f"quantise {name}",
-            moving(x.nbytes + x.numel(), partial(kernels.quantised, x, tile)),
-            "copy",
-            result=lambda tile=tile: kernels.quantised(x, tile).values(),  # type: ignore[misc]
-            twin=lambda tile=tile: PLAIN.quantised(x, tile).values(),  # type: ignore[misc]
-        )
+    yield from (_quantising(kernels, x, *kind) for kind in (("rows", ROW), ("columns", COLUMN), ("blocks", BLOCK)))
     yield Case(
         "quantise swiglu",
         moving(gate_up.nbytes + gate_up.numel() / 2, lambda: kernels.quantised_swiglu(gate_up)),
@@ -174,27 +168,56 @@ def _of_memory(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[Ca
         result=lambda: kernels.quantised_swiglu(gate_up).values(),
         twin=lambda: PLAIN.quantised_swiglu(gate_up).values(),
     )
+    if kernels is PLAIN:
+        return
+    rope, quantise = (import_module(f"leanseek.ops.triton_kernels.{name}") for name in ("rope", "quantise"))
+    key, angle = _normal(device, s.tokens, s.heads[0], s.rope), torch.rand(s.tokens, s.rope // 2, device=device)
+    turn = partial(rope.rope, key, angle.cos(), angle.sin())
+    plain = partial(apply_rope, key, angle.cos()[:, None], angle.sin()[:, None])
+    yield Case("rope", moving(2 * key.nbytes, turn), "copy", result=turn, twin=plain)
+    norm = moving(x.nbytes + x.numel(), lambda: quantise.quantised_norm(x, weight, 1e-6))
+    yield Case(
+        "quantise rms_norm",
+        norm,
+        "copy",
+        result=lambda: quantise.quantised_norm(x, weight, 1e-6)[0].values(),
+        twin=lambda: PLAIN.quantised(rms_norm(x, weight, 1e-6), ROW).values(),
+    )
+
+
+def _quantising(kernels: Kernels, x: Tensor, name: str, tile: Tile) -> Case:
+    return Case(
+        f"quantise {name}",
+        moving(x.nbytes + x.numel(), partial(kernels.quantised, x, tile)),
+        "copy",
+        result=lambda: kernels.quantised(x, tile).values(),
+        twin=lambda: PLAIN.quantised(x, tile).values(),
+    )
 
 
 def _of_fp8(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[Case]:
     for m, n, k in s.products:
-        x, w = _normal(device, m, k), _normal(device, n, k)
-        a, b = PLAIN.quantised(x, ROW), PLAIN.quantised(w, BLOCK)
-        multiply = partial(kernels.matmul, a, b, x.dtype)
-        ours, sizes = operations(2 * m * n * k, multiply), f"{m}×{n}×{k}"
-        yield Case(
-            f"fp8 matmul {sizes}",
-            ours,
-            _fp8_ceiling(kernels),
-            result=multiply,
-            twin=partial(PLAIN.matmul, a, b, x.dtype),
-        )
-        if kernels is PLAIN:
-            continue
-        in_bf16 = operations(2 * m * n * k, lambda x=x, w=w: x @ w.T)  # type: ignore[misc]
-        whole = operations(2 * m * n * k, lambda x=x, b=b: kernels.matmul(kernels.quantised(x, ROW), b, x.dtype))  # type: ignore[misc]
-        yield Case(f"fp8 matmul {sizes}", ours, in_bf16, "cuBLAS bf16")
-        yield Case(f"quantise and multiply {sizes}", whole, in_bf16, "cuBLAS bf16", product=("dense", m, n, k))
+        yield from _product(kernels, _normal(device, m, k), _normal(device, n, k))
+
+
+def _product(kernels: Kernels, x: Tensor, w: Tensor) -> Iterator[Case]:
+    """x wᵀ in FP8: against the ceiling, then against BF16, alone and with what quantising the activations costs."""
+    (m, k), n = x.shape, w.shape[0]
+    a, b = PLAIN.quantised(x, ROW), PLAIN.quantised(w, BLOCK)
+    name, count = f"fp8 matmul {m}×{n}×{k}", 2 * m * n * k
+    multiply, ceiling = partial(kernels.matmul, a, b, x.dtype), _fp8_ceiling(kernels)
+    ours = operations(count, multiply)
+    yield Case(name, ours, ceiling, result=multiply, twin=partial(PLAIN.matmul, a, b, x.dtype))
+    if kernels is PLAIN:
+        return
+    in_bf16 = operations(count, lambda: x @ w.T)
+    whole = operations(count, lambda: kernels.matmul(kernels.quantised(x, ROW), b, x.dtype))
+    yield Case(name, ours, in_bf16, "cuBLAS bf16")
+    yield Case(f"quantise, {name}", whole, in_bf16, "cuBLAS bf16", product=("dense", m, n, k))
+    products = import_module("leanseek.ops.triton_kernels.fp8_matmul")
+    for tile in products.TRIED:  # is the one that is taken the best?
+        tried = operations(count, partial(products.matmul, a, b, x.dtype, tile))
+        yield Case(f"{name} in tiles of {tile.rows}×{tile.columns}, {tile.stages} at once", tried, ceiling)
 
 
 def _of_experts(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[Case]:
@@ -226,7 +249,7 @@ def _of_experts(device: torch.device, kernels: Kernels, s: Shapes) -> Iterator[C
         grouped = import_module("leanseek.ops.triton_kernels.grouped")
         whole = operations(work, lambda: kernels.grouped_matmul(kernels.quantised(x, ROW), b, counts, x.dtype))
         yield Case("fp8 grouped", in_fp8, in_bf16, "grouped bf16")
-        yield Case("quantise and multiply grouped", whole, in_bf16, "grouped bf16", product=("grouped", rows, n, k))
+        yield Case("quantise, fp8 grouped", whole, in_bf16, "grouped bf16", product=("grouped", rows, n, k))
         for name, call, twin in (
             (BY_TRITON, partial(grouped.forward, x, w, counts), partial(experts.grouped_linear, x, w, counts)),
             (

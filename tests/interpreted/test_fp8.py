@@ -49,7 +49,7 @@ def test_stacked_weights_are_quantised_each_for_itself(generator: torch.Generato
 
 
 @pytest.mark.parametrize("power_of_two", [False, True])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:3], ids=str)
 def test_swiglu_and_norm_are_quantised_as_if_they_had_been_stored(
     shape: tuple[int, int], power_of_two: bool, generator: torch.Generator
 ) -> None:
@@ -122,14 +122,16 @@ def test_grouped_products_keep_their_bounds(counts: list[int], generator: torch.
             assert not dw[e].any()
 
 
-def test_rows_in_slots_are_those_that_are_filled(generator: torch.Generator) -> None:
+def test_rows_in_slots_are_those_that_are_filled(generator: torch.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     counts, slot, n, k = torch.tensor([3, 0, 70, 64]), 70, 100, 160
     a = fp8.quantised(torch.randn(4, slot, k, generator=generator), ROW)
     w = fp8.quantised(torch.randn(4, n, k, generator=generator), BLOCK)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **where: torch.full(shape, 7.0, **where))
     out = fp8_matmul.slotted_matmul(a, w, counts)
     for e, count in enumerate(counts.tolist()):
         here, weight = a.values()[e, :count].double(), w.values()[e].double()
         assert off(out[e, :count], here @ weight.T, bound_of(here, weight)) <= 1
+        assert bool((out[e, count:] == 7).all())  # nothing is computed for nobody
 
 
 def test_a_neighbours_nan_stays_with_the_neighbour(generator: torch.Generator) -> None:

@@ -30,6 +30,7 @@ from leanseek.ops.triton_kernels.tiles import (
 )
 
 TILES = (Tile(128, 128, 8, 4), Tile(64, 128, 4, 5), Tile(64, 64, 4, 6), Tile(64, 32, 4, 6))
+TRIED = (*TILES, Tile(128, 128, 8, 3), Tile(64, 128, 4, 3), Tile(128, 64, 4, 5))  # by `bench kernels`
 WGRAD_TILES = (Tile(128, 128, 8, 4), Tile(64, 64, 4, 6))
 
 
