@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable
 from fractions import Fraction
+from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from leanseek.train.optim import NarrowAdamW, build_optimizers, set_learning_rat
 from leanseek.train.precision import in_fp8, weights_quantised_once
 from leanseek.train.pretrain import pretrain
 from leanseek.train.step import loss_sums
-from tests.gap import FAULTS, gap, instead
+from tests.gap import FAULTS, FLOOR, gap, instead, losses, stories
 from tests.releases import quantised as blocks_one_by_one
 from tests.releases import read
 from tests.tiny import RECIPE, make_data
@@ -615,10 +616,33 @@ def test_a_stopped_run_goes_on_bit_identically(data: Path, tmp_path: Path) -> No
     trained(tmp_path / "stopped", data, 8, *asked, "train.max_steps=3")
     assert trained(tmp_path / "stopped", data, 8, *asked) == whole
     newest = [checkpoint.newest(tmp_path / name, pytest.fail) for name in ("whole", "stopped")]
-    assert newest[0] is not None and newest[1] is not None
+    assert newest[0] is not None
+    assert newest[1] is not None
     for file in newest[0].path.rglob("*.safetensors"):
         theirs = load_file(newest[1].path / file.relative_to(newest[0].path))
         assert all(torch.equal(tensor, theirs[name]) for name, tensor in load_file(file).items())
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stories(tmp_path_factory.mktemp("told") / "data")
+
+
+@pytest.mark.slow
+def test_fp8_lies_as_near_to_bf16_as_the_report_says(told: Path) -> None:
+    """Within the report's 0.25%, and within twice what an ulp of the initial weights makes."""
+    runs = {variant: losses(variant, told) for variant in (*FLOOR, "fp8")}
+    floor = max(gap(runs[a], runs[b]) for a, b in combinations(FLOOR, 2))
+    ours = gap(runs["fp8"], runs["bf16"])
+    assert runs["bf16"][-1] < runs["bf16"][0] / 2
+    assert ours <= 0.0025
+    assert ours <= 2 * floor
+
+
+@pytest.mark.slow
+def test_each_planted_fault_exceeds_it_in_sixty_steps(told: Path) -> None:
+    sound = losses("bf16", told, stop=60)
+    assert not [fault for fault in FAULTS if gap(losses(fault, told, stop=60), sound) <= 0.0025]
 
 
 @pytest.fixture(scope="module")
