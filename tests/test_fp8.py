@@ -6,6 +6,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from itertools import combinations
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from leanseek import checkpoint
 from leanseek.config import read_recipe
-from leanseek.data.shards import open_data
+from leanseek.data.tokenizer import Tokenizer
 from leanseek.hub import QUANTISED, export_release, import_release, layout
 from leanseek.model.layers import Linear, SwiGLU
 from leanseek.model.moe import Experts
@@ -32,7 +33,7 @@ from leanseek.train.step import loss_sums
 from tests.gap import FAULTS, FLOOR, gap, instead, losses, stories
 from tests.releases import quantised as blocks_one_by_one
 from tests.releases import read
-from tests.tiny import RECIPE, make_data
+from tests.tiny import RECIPE, make_data, story
 
 U = 2.0**-24  # rounding to FP32 is off by at most this, relatively
 TILES = [ROW, COLUMN, BLOCK]
@@ -597,7 +598,6 @@ def in_bf16(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 
 def test_thirty_steps_of_a_toy_follow_bf16(data: Path, in_bf16: list[float], tmp_path: Path) -> None:
     ours = trained(tmp_path / "run", data, 30, "train.dtype=fp8")
-    print("GAP fp8", gap(ours, in_bf16, 10), ours[-3:], in_bf16[-3:])
     assert ours[-1] < ours[0] - 0.5
     assert gap(ours, in_bf16, 10) < 0.0025
 
@@ -606,8 +606,7 @@ def test_thirty_steps_of_a_toy_follow_bf16(data: Path, in_bf16: list[float], tmp
 def test_thirty_steps_with_a_planted_fault_do_not(fault: str, data: Path, in_bf16: list[float], tmp_path: Path) -> None:
     with instead(*FAULTS[fault]):
         faulty = trained(tmp_path / "run", data, 30, "train.dtype=fp8")
-    print("GAP", fault, gap(faulty, in_bf16, 10))
-    assert not gap(faulty, in_bf16, 10) < 0.0025
+    assert len(faulty) < 30 or gap(faulty, in_bf16, 10) > 0.0025  # some never take a finite step
 
 
 def test_a_stopped_run_goes_on_bit_identically(data: Path, tmp_path: Path) -> None:
@@ -648,7 +647,7 @@ def test_each_planted_fault_exceeds_it_in_sixty_steps(told: Path) -> None:
 @pytest.fixture(scope="module")
 def taught(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("taught") / "run"
-    trained(run, data, 80, "train.dtype=fp8", "model.num_nextn_predict_layers=1")
+    trained(run, data, 60, "train.dtype=fp8", "model.num_nextn_predict_layers=1")
     return run
 
 
@@ -688,23 +687,23 @@ def test_an_export_has_the_codes_of_training(taught: Path, tmp_path: Path) -> No
     assert compared == sum(name + "_scale_inv" in released for name in released) > 40
 
 
-def test_an_export_in_fp8_agrees_with_that_in_bf16(taught: Path, data: Path, tmp_path: Path) -> None:
+def test_an_export_in_fp8_agrees_with_that_in_bf16(taught: Path, tmp_path: Path) -> None:
     """The same first choice for at least 95% of the tokens of 20 prompts, each token given those before it."""
     models = []
     for dtype in ("bf16", "fp8"):
         export_release(taught, tmp_path / dtype, dtype)
         import_release(tmp_path / dtype, tmp_path / f"run-{dtype}")
         models.append(load_model(tmp_path / f"run-{dtype}", "cpu", torch.bfloat16).eval())
-    shards = open_data(data)
+    tokenizer, dice = Tokenizer.load(taught / "tokenizer"), Random(7)
     agreed = total = 0
-    for (ids, _), _ in zip(shards.documents("validation"), range(20), strict=False):
-        prompt = torch.tensor(ids[:48].astype("int64"))[None]
+    for _ in range(20):
+        prompt = torch.tensor([tokenizer.bos_id, *tokenizer.encode(story(dice))[:47]])[None]
         positions = torch.arange(prompt.shape[1])[None]
         with torch.no_grad():
             first, second = (model.lm_head(model(prompt, positions)).argmax(dim=-1) for model in models)
         agreed, total = agreed + int((first == second).sum()), total + prompt.numel()
-    print("AGREED", agreed, total)
     assert total > 20 * 20
+    print("AGREED", agreed, total)
     assert agreed >= 0.95 * total
 
 
@@ -733,7 +732,6 @@ def test_moments_in_bf16_take_half_the_bytes_and_hardly_change_a_step(generator:
         torch.float32,
     )
     moved = (theirs - start).norm()
-    print("MOVED", ((ours - theirs).norm() / moved).item())
     assert (ours - theirs).norm() < 2**-7 * moved  # a moment is off by 2⁻⁹ and forgets: of them a step is made
 
 
