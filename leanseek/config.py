@@ -154,6 +154,12 @@ class TrainConfig(Section):
     eval_tokens: int = Field(131072, gt=0)  # validation text scored each time, always the same documents
     rollback_after: int = Field(3, gt=0)  # non-finite steps in a row before the last checkpoint is taken up again
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.dtype == "fp8" and self.device == "mps":
+            raise ValueError("dtype fp8 is not to be had on mps: take bf16")
+        return self
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"

@@ -218,6 +218,7 @@ WRONG = [
     ("model.routed_scaling_factor=nan", "model.routed_scaling_factor: ", "finite number, got nan"),
     ("stages.0.mixture.web=nan", "stages.0.mixture.web: ", "finite number, got nan"),
     ("train.dtype=fp61", "train.dtype: ", "'auto', 'fp32', 'bf16' or 'fp8', got 'fp61'"),
+    ("train={tokens=1,dtype='fp8',device='mps'}", "train: ", "dtype fp8 is not to be had on mps: take bf16"),
     ("train=3", "train: ", "got 3"),
     ("data.fim_rate=1.5", "data.fim_rate: ", "less than or equal to 1, got 1.5"),
     ("optimizer.beta2=1", "optimizer.beta2: ", "less than 1, got 1"),

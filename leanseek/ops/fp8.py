@@ -105,7 +105,7 @@ def dequantise(codes: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32
     matrices = scales.shape[:-2]
     rows = math.prod(codes.shape[:-1]) // math.prod(matrices)
     values = _values(codes).view(*matrices, rows, codes.shape[-1])
-    return whole(tiles_of(values, tile) * spread(scales), values.shape).to(dtype).view(codes.shape)
+    return whole(tiles_of(values, tile).mul_(spread(scales)), values.shape).to(dtype).view(codes.shape)
 
 
 def _values(codes: Tensor) -> Tensor:
