@@ -32,5 +32,5 @@ $(VENV)/core: pyproject.toml
 
 $(VENV)/dev: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[oracle,gguf,grammar,eval,data,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[gpu,oracle,gguf,grammar,eval,data,dev]"
 	touch $@

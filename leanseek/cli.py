@@ -409,6 +409,22 @@ def bench_decode(
     report(lambda console: run_bench(run, 5 if quick else rounds, not quick, console), as_json)
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    rounds: Rounds = 7,
+    quick: Annotated[bool, typer.Option("--quick", help="Three rounds, and on a CPU small shapes.")] = False,
+    out: Annotated[
+        Path, typer.Option(metavar="FILE", help="Where to store what FP8 gains on a GPU, for train.kernel_table.")
+    ] = Path("runs/kernels.json"),
+    as_json: Json = False,
+) -> None:
+    """What this machine can do at best, each kernel's share of it, and which products FP8 makes faster."""
+    from leanseek.bench.kernels import bench_kernels as run_bench
+    from leanseek.bench.turns import report
+
+    report(lambda console: run_bench(3 if quick else rounds, quick, out, console), as_json)
+
+
 @bench_app.command()
 def ledger(
     data: Annotated[

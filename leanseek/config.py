@@ -136,10 +136,12 @@ class ModelConfig(Section):
 class TrainConfig(Section):
     tokens: int = Field(gt=0)  # the whole budget, over all stages
     seed: int = Field(0, ge=0, lt=2**63)
-    # auto: whichever multiplies matrices faster here, frozen in the run
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    # auto: fp32 or bf16, whichever multiplies matrices faster here, frozen in the run
+    dtype: Literal["auto", "fp32", "bf16", "fp8"] = "auto"
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     compile: bool = False
+    kernels: Literal["auto", "triton", "reference"] = "auto"  # auto: the best that is installed for the device
+    kernel_table: str | None = None  # what `bench kernels` stored here: FP8 only for shapes where it was faster
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
     init_std: float = Field(0.006, gt=0)  # report §4.2
     balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17
@@ -165,17 +167,23 @@ class TrainConfig(Section):
     def _none_is_a_word_here(cls, value: Any) -> Any:
         return "none" if value is None else value  # in `key=none` it says that there is no value
 
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.dtype == "fp8" and self.device == "mps":
+            raise ValueError("dtype fp8 is not to be had on mps: take bf16")
+        return self
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"
     beta1: float = Field(0.9, ge=0, lt=1)
     beta2: float = Field(0.95, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
+    moments: Literal["fp32", "bf16"] = "fp32"  # how they rest between steps
     weight_decay: float = Field(0.1, ge=0)
     clip: float = Field(1.0, gt=0)
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     muon_steps: int = Field(5, gt=0)
-    moments: Literal["fp32", "bf16"] = "fp32"  # what AdamW's two moments rest in (report §3.3.3)
     qk_clip: float | None = Field(None, gt=0)  # largest attention logit tolerated; None leaves the heads alone
 
 

@@ -32,7 +32,7 @@ from leanseek import checkpoint
 from leanseek.config import BadInput, Config, ModelConfig, explain
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
-from leanseek.ops.fp8 import FP8, SCALE, block_scales, dequantise, quantise, scale_shape
+from leanseek.ops.fp8 import FP8, SCALE, dequantise, quantise, scale_shape, scales_of
 from leanseek.weightfiles import INDEX, Planned, Stored, open_folder, staged, write_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}
@@ -399,7 +399,7 @@ class Weights:
             exact = dequantise(codes, scales)
             if torch.equal(values, exact) or torch.equal(values, exact.bfloat16().float()):
                 return codes, scales
-        scales = block_scales(values, self.power_of_two)
+        scales = scales_of(values, power_of_two=self.power_of_two)
         return quantise(values, scales), scales
 
 

@@ -19,7 +19,7 @@ from leanseek.ops.experts import (
     permute,
     unpermute,
 )
-from leanseek.ops.fp8 import FP8, block_scales, dequantise, quantise, scale_shape
+from leanseek.ops.fp8 import FP8, dequantise, quantise, scale_shape, scales_of
 from leanseek.ops.loss import IGNORE, linear_cross_entropy, token_losses
 from tests.releases import plain, quantised
 
@@ -300,7 +300,7 @@ def test_fp8_blocks_equal_one_block_after_the_other(
 ) -> None:
     values = torch.randn(shape, generator=generator) * torch.logspace(-3, 3, shape[1])
     codes, scales = quantised(values, power_of_two)
-    ours = block_scales(values, power_of_two)
+    ours = scales_of(values, power_of_two=power_of_two)
     assert ours.shape == scale_shape(*shape) == scales.shape
     assert torch.equal(ours, scales)
     assert torch.equal(quantise(values, ours).view(torch.uint8), codes.view(torch.uint8))
@@ -317,7 +317,7 @@ def test_fp8_scales_of_powers_of_two_never_overflow(generator: torch.Generator) 
     values = torch.randn(300, 300, generator=generator)
     values[0, 0] = 448.0  # the border: scale 1 and not 2
     values[200, 200] = 448.0001
-    scales = block_scales(values, power_of_two=True)
+    scales = scales_of(values, power_of_two=True)
     assert torch.frexp(scales).mantissa.eq(0.5).all()
     assert (scales[0, 0], scales[1, 1]) == (1.0, 2.0)
     codes = quantise(values, scales).float()
@@ -327,7 +327,7 @@ def test_fp8_scales_of_powers_of_two_never_overflow(generator: torch.Generator) 
 
 def test_fp8_is_off_by_at_most_half_a_step(generator: torch.Generator) -> None:
     values = torch.randn(256, 256, generator=generator)
-    scales = block_scales(values)
+    scales = scales_of(values)
     error = (dequantise(quantise(values, scales), scales) - values).abs()
     step = torch.maximum(values.abs() / 8, scales.repeat_interleave(128, 0).repeat_interleave(128, 1) * 2**-9)
     assert (error <= step / 2 * 1.0001).all()  # three binary digits after the first; denormals below
@@ -343,7 +343,7 @@ def test_fp8_every_code_has_the_value_of_its_cast() -> None:
 
 
 def test_fp8_of_zeros_is_zero() -> None:
-    scales = block_scales(torch.zeros(130, 130))
+    scales = scales_of(torch.zeros(130, 130))
     assert torch.equal(dequantise(quantise(torch.zeros(130, 130), scales), scales), torch.zeros(130, 130))
 
 
@@ -359,7 +359,7 @@ def test_fp8_every_code_comes_back_through_bf16(generator: torch.Generator) -> N
 
 def test_fp8_stacks_have_blocks_of_their_own(generator: torch.Generator) -> None:
     matrices = torch.randn(6, 70, 140, generator=generator)
-    pairs = [(quantise(m, block_scales(m)), block_scales(m)) for m in matrices]
+    pairs = [(quantise(m, scales_of(m)), scales_of(m)) for m in matrices]
     stacked = torch.cat([codes for codes, _ in pairs]).view(3, 140, 140), torch.stack([scales for _, scales in pairs])
     expected = torch.cat([dequantise(*pair) for pair in pairs]).view(3, 140, 140)
     assert torch.equal(dequantise(*stacked), expected)

@@ -22,7 +22,7 @@ from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import Ranks, ranks_of
 from leanseek.parallel.parts import gathered, parts
 from leanseek.train.average import Average
-from leanseek.train.optim import BF16MomentsAdamW, build_optimizers
+from leanseek.train.optim import NarrowAdamW, build_optimizers
 from leanseek.train.pretrain import pretrain
 from leanseek.train.step import train_step
 from tests.pool import Pool
@@ -189,7 +189,7 @@ def test_an_average_is_the_sum_it_says() -> None:
 
 def test_moments_rest_in_bf16_and_are_computed_with_in_full() -> None:
     weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4))
-    optimizer = BF16MomentsAdamW([{"params": [weight], "weight_decay": 0.1}], (0.9, 0.95), 1e-8)
+    optimizer = NarrowAdamW([{"params": [weight], "weight_decay": 0.1}], (0.9, 0.95), 1e-8, torch.bfloat16)
     optimizer.param_groups[0]["lr"] = 0.01
     w = weight.detach().clone()
     m, v = torch.zeros_like(w), torch.zeros_like(w)

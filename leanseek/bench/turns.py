@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from math import floor, log10
 from statistics import median
 
 import torch
@@ -89,14 +90,19 @@ def show(console: Console, rows: list[Row], peer: str) -> None:
     for row in rows:
         table.add_row(
             f"{row.name} [{row.unit}]".replace("[", r"\["),
-            f"{row.ours:,.0f}",
-            f"{row.peer:,.0f}",
+            _three_digits(row.ours),
+            _three_digits(row.peer),
             f"{row.ratio_median:.2f}",
             f"{row.ratio_min:.2f}",
             f"{row.ratio_max:.2f}",
             str(row.n),
         )
     console.print(table)
+
+
+def _three_digits(rate: float) -> str:
+    """At least the whole number, and as many digits behind it as make three."""
+    return f"{rate:,.{max(0, 2 - floor(log10(rate)))}f}" if 0 < rate < 100 else f"{rate:,.0f}"
 
 
 def report(bench: Callable[[Console], list[Row]], as_json: bool) -> None:

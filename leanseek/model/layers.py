@@ -1,14 +1,15 @@
 """The small parts every block is made of: Linear, RMSNorm, SwiGLU.
 
 Precision follows the activations: weights rest in their own precision (FP32 masters in training, BF16 or FP8 when
-served) and are cast where they are used, so that no part of the model asks for a dtype.
+served) and are cast where they are used, so that no part of the model asks for a dtype. Training in FP8 puts another
+`precision` into layers.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from leanseek.ops.elementwise import rms_norm, swiglu
+from leanseek.ops.elementwise import rms_norm
+from leanseek.ops.precision import Plain, Precision
 
 
 class Linear(nn.Module):
@@ -17,9 +18,11 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.precision: Precision = Plain()
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+    def forward(self, x: Tensor, after_swiglu: bool = False) -> Tensor:
+        """x [..., in], or the two inputs of a SwiGLU before it [..., 2 · in] → [..., out]."""
+        return (self.precision.after_swiglu if after_swiglu else self.precision.linear)(x, self.weight)
 
 
 class RMSNorm(nn.Module):
@@ -44,4 +47,4 @@ class SwiGLU(nn.Module):
         self.down_proj = Linear(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(swiglu(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1)))
+        return self.down_proj(torch.cat((self.gate_proj(x), self.up_proj(x)), dim=-1), after_swiglu=True)

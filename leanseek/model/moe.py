@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import SwiGLU
-from leanseek.ops.elementwise import swiglu
-from leanseek.ops.experts import Layout, grouped_linear, lay_out, permute, unpermute, wants_padding
+from leanseek.ops.backend import PLAIN
+from leanseek.ops.experts import Layout, lay_out, wants_padding
+from leanseek.ops.precision import Plain, Precision
 from leanseek.ops.routing import choose, route
 
 
@@ -116,12 +117,12 @@ class Experts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(e, 2 * f, d))
         self.down_proj = nn.Parameter(torch.empty(e, d, f))
         self.dispatcher = LocalDispatcher(e)
+        self.precision: Precision = Plain()
 
     def forward(self, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
         """x [N, D], experts and weights [N, K] → [N, D]."""
         rows, counts, way_back = self.dispatcher.dispatch(x, experts)
-        hidden = swiglu(grouped_linear(rows, self.gate_up_proj.to(x.dtype), counts))
-        rows = grouped_linear(hidden, self.down_proj.to(x.dtype), counts)
+        rows = self.precision.experts(rows, self.gate_up_proj, self.down_proj, counts)
         return self.dispatcher.combine(rows, weights, way_back)
 
 
@@ -130,15 +131,18 @@ class LocalDispatcher:
 
     def __init__(self, n_experts: int) -> None:
         self.n_experts = n_experts
+        self.may_pad = True  # between experts, where that is faster
+        self.kernels = PLAIN
 
     def dispatch(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, Layout]:
         """x [N, D], experts [N, K] → rows [P, D] sorted by expert, counts [E], and what `combine` needs."""
-        layout = lay_out(experts, self.n_experts, wants_padding(x, experts.numel(), self.n_experts))
-        return permute(x, layout), layout.counts, layout
+        padded = self.may_pad and wants_padding(x, experts.numel(), self.n_experts)
+        layout = lay_out(experts, self.n_experts, padded)
+        return self.kernels.permute(x, layout), layout.counts, layout
 
     def combine(self, rows: Tensor, weights: Tensor, way_back: Layout) -> Tensor:
         """rows [P, D], weights [N, K] → weighted sums [N, D]."""
-        return unpermute(rows, way_back, weights)
+        return self.kernels.unpermute(rows, way_back, weights)
 
 
 def sequence_balance_loss(scores: Tensor, k: int, complete: Callable[[Tensor], Tensor] | None = None) -> Tensor:

@@ -14,9 +14,11 @@ from leanseek.config import ModelConfig
 from leanseek.model.block import Block
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.mla import LatentCache
-from leanseek.model.moe import Experts, Router
+from leanseek.model.moe import Experts, LocalDispatcher, Router
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import rotary
+from leanseek.ops.backend import PLAIN, Kernels
+from leanseek.ops.precision import Plain
 
 
 class Transformer(nn.Module):
@@ -26,6 +28,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.dtype = dtype
+        self.kernels = PLAIN
         n = config.num_hidden_layers
         self.embed_tokens: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(n)})
@@ -33,6 +36,15 @@ class Transformer(nn.Module):
         self.lm_head: Linear | None = Linear(config.hidden_size, config.vocab_size)
         further = range(n, n + config.num_nextn_predict_layers)  # released files number MTP modules on from the layers
         self.mtp = nn.ModuleDict({str(i): MTPModule(config, i) for i in further})
+
+    def use(self, kernels: Kernels) -> None:
+        """From now on its layers, its loss and a runner of it compute with these."""
+        self.kernels = kernels
+        for module in self.modules():
+            if isinstance(module, Experts):
+                module.precision = Plain(kernels)
+                if isinstance(module.dispatcher, LocalDispatcher):
+                    module.dispatcher.kernels = kernels
 
     def forward(
         self,

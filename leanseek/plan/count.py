@@ -188,9 +188,12 @@ def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, mtp: bo
     return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
 
 
-def training_bytes(config: ModelConfig, moments: int = 2) -> int:
-    """Bytes of weights, gradients and moments (AdamW has two) in FP32, MTP included; activations come on top."""
-    return 4 * (2 + moments) * parameters(config).total_with_mtp
+def training_bytes(config: ModelConfig, moments: float = 2) -> int:
+    """Bytes of weights, gradients and moments (AdamW has two) in FP32, MTP included; activations come on top.
+
+    A moment in BF16 is half a one.
+    """
+    return int(4 * (2 + moments) * parameters(config).total_with_mtp)
 
 
 def h800_cost(flops: float) -> tuple[float, float]:

@@ -227,7 +227,7 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     At the former the earlier micro-batches have left their gradients, and everything this one kept is there. In the
     latter Muon holds an update of every matrix, and those of the commonest shape, gate and up, joined and orthogonal.
     """
-    model, width = config.model, 2 if config.train.dtype == "bf16" else 4
+    model, width = config.model, 2 if config.train.dtype in ("bf16", "fp8") else 4
     length = config.stages[stage].sequence_length
     tokens = config.train.micro_batch * length
     count = parameters(model)
@@ -235,7 +235,8 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     depths = model.num_nextn_predict_layers
     muon = config.optimizer.name == "muon"
     by_adam = count.embedding + count.head + count.norms
-    moments = 4 * (all_of_it + by_adam if muon else 2 * all_of_it)
+    moment = 2 if config.optimizer.moments == "bf16" else 4
+    moments = moment * (all_of_it + by_adam if muon else 2 * all_of_it)
     kept = 0.0
     for layer in range(model.num_hidden_layers + depths):
         kept += tokens * _trainer_block(model, model.is_moe(layer), width, length)

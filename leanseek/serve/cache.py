@@ -17,6 +17,7 @@ from torch import Tensor
 from leanseek.config import ModelConfig
 
 PAGE = 16  # tokens
+LARGE_PAGE = 64  # what kernels that read pages themselves want
 
 
 class Cache:

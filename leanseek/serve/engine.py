@@ -20,7 +20,7 @@ from leanseek.config import BadInput, ModelConfig
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks
-from leanseek.serve.cache import PAGE, Cache
+from leanseek.serve.cache import LARGE_PAGE, PAGE, Cache
 from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Now, Runner
 from leanseek.serve.sampling import Sampling, adjust, draw, race
@@ -143,9 +143,10 @@ class Engine:
         if cache_tokens is None:
             cache_tokens = _affordable(model.config, max_running, self.runner.dtype, self.device)
             cache_tokens = -int(ranks.largest(torch.tensor(-cache_tokens, device=self.device), "tp"))  # what all afford
-        pages = -(-cache_tokens // PAGE)
-        self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates)
-        self.scheduler = Scheduler(Pages(pages, PAGE), max_running, chunk, ahead=1 if self.speculates else 0)
+        size = PAGE if self.runner.latent_decode is None else LARGE_PAGE
+        pages = -(-cache_tokens // size)
+        self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates, size=size)
+        self.scheduler = Scheduler(Pages(pages, size), max_running, chunk, ahead=1 if self.speculates else 0)
         self.requests: dict[Entry, Request] = {}  # those that have not ended
         self.metrics = Metrics()
         # Never drawn: rows of the embedding that no token has, and tokens that cannot follow anything.

@@ -16,6 +16,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.layers import Linear
 from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
+from leanseek.ops.backend import kernels_for
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.tensor import cut_matrices
 from leanseek.serve.engine import Engine, Request
@@ -167,11 +168,12 @@ def load_model(
     if checkpoint is None:
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:
-        dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
+        dtype = torch.bfloat16 if config.train.dtype in ("bf16", "fp8") else torch.float32
     weights, group = checkpoint.weights(averaged), ranks.group("tp")
     if group is None:
         model = Transformer(config.model, dtype)
         load_model_weights(weights, model)
+        model.use(kernels_for(place))
         return model.to(place)
     with torch.device("meta"):  # the whole model may be more than this machine holds
         model = Transformer(config.model, dtype)

@@ -43,12 +43,14 @@ class Runner:
         assert model.lm_head is not None
         self.embedding = model.embed_tokens.weight.detach()
         self.dtype = between(self.embedding.device, model.dtype)  # of activations, and of the cache
+        self.latent_decode = decode = model.kernels.latent_decode
         blocks = [block for block in model.layers.values() if isinstance(block, Block)]
-        self.layers, self.heads = [_Layer(block, model.dtype, ranks) for block in blocks], blocks[0].self_attn.heads
+        self.layers = [_Layer(block, model.dtype, ranks, decode) for block in blocks]
+        self.heads = blocks[0].self_attn.heads
         self.norm = _Norm(model.norm, self.dtype)
         self.head = _Matrix(model.lm_head.weight, model.dtype)
         modules = [module for module in model.mtp.values() if isinstance(module, MTPModule)]
-        self.mtp = _MTP(modules[0], model.dtype, ranks) if modules else None
+        self.mtp = _MTP(modules[0], model.dtype, ranks, decode) if modules else None
         positions = torch.arange(model.config.max_position_embeddings, device=self.embedding.device)[None]
         self.turns = torch.complex(*rotary(positions, model.config))[0]  # [S, R/2], each pair's at each position
 
@@ -59,6 +61,9 @@ class Runner:
         if places.even:
             turns = self.turns[places.length - 1]
             return Now(places, rows, turns, turns, None)
+        if self.latent_decode is not None:
+            turns = self.turns[places.positions.flatten()]
+            return Now(places, rows, turns, turns[:, None], None)
         queries = places.positions.flatten()
         hidden = torch.arange(places.length, device=queries.device) > queries[:, None]
         closed = torch.zeros(hidden.shape, dtype=self.dtype, device=queries.device).masked_fill_(hidden, -math.inf)
@@ -101,15 +106,19 @@ class Now:
     rows: int  # B
     turns: Tensor  # [B · T, R/2], or [R/2] where all are at one position
     turns_of_heads: Tensor  # [B · T, 1, R/2], or the same [R/2]
-    closed: Tensor | None  # [B, 1 or T · H, S] minus infinity where a query may not look; None where all may see all
+    # [B, 1 or T · H, S] minus infinity where a query may not look; None where all may see all or a kernel knows who may
+    closed: Tensor | None
+
+
+LatentDecode = Callable[..., Tensor] | None  # `ops.backend.Kernels.latent_decode`
 
 
 class _Layer:
-    def __init__(self, block: Block, dtype: torch.dtype, ranks: Ranks) -> None:
+    def __init__(self, block: Block, dtype: torch.dtype, ranks: Ranks, decode: LatentDecode) -> None:
         self.ranks, self.alone = ranks, ranks.group("tp") is None
         mlp, activations = block.mlp, between(block.input_layernorm.weight.device, dtype)
         self.before_attention = _Norm(block.input_layernorm, activations)
-        self.attention = _Attention(block.self_attn, dtype)
+        self.attention = _Attention(block.self_attn, dtype, decode)
         self.before_mlp = _Norm(block.post_attention_layernorm, activations)
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
@@ -131,10 +140,10 @@ class _Layer:
 class _MTP:
     """The first MTP module: one layer between a join and a norm (report §2.2)."""
 
-    def __init__(self, module: MTPModule, dtype: torch.dtype, ranks: Ranks) -> None:
+    def __init__(self, module: MTPModule, dtype: torch.dtype, ranks: Ranks, decode: LatentDecode) -> None:
         activations = between(module.eh_proj.weight.device, dtype)
         self.enorm, self.hnorm = _Norm(module.enorm, activations), _Norm(module.hnorm, activations)
-        self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype, ranks)
+        self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype, ranks, decode)
         self.norm = _Norm(module.norm, activations)
 
     def __call__(self, hidden: Tensor, embedded: Tensor, last: Tensor, kept: Tensor, now: Now, then: Now) -> Tensor:
@@ -149,7 +158,8 @@ class _MTP:
 class _Attention:
     """MLA in its absorbed form (report §2.1.1), one query per row."""
 
-    def __init__(self, mla: MLA, dtype: torch.dtype) -> None:
+    def __init__(self, mla: MLA, dtype: torch.dtype, decode: LatentDecode) -> None:
+        self.decode = decode
         device = mla.o_proj.weight.device
         activations = between(device, dtype)
         self.heads, self.scale = mla.heads, mla.scale
@@ -198,14 +208,24 @@ class _Attention:
         if not self.folds:
             folded = torch.bmm(q[..., : self.nope].transpose(0, 1), self.w_uk).transpose(0, 1)  # [B · T, H, C]
             q = torch.cat((folded, q[..., self.nope :]), dim=-1)
-        seen = now.places.seen(kept)  # [B, S, C + R]
         q = q.reshape(now.rows, -1, self.latent + self.rope)  # [B, T · H, C + R]
-        start, counts = (self.nothing, 0) if now.closed is None else (now.closed, 1)
-        scores = torch.baddbmm(start, q, seen.mT, beta=counts, alpha=self.scale)  # [B, T · H, S]
-        heads = torch.bmm(_softmax(scores), seen.narrow(2, 0, self.latent))  # [B, T · H, C]
+        heads = self.look(q, kept, now) if self.decode is None else self.look_by_page(q, kept, now, self.decode)
         if not self.folds:
             heads = torch.bmm(heads.view(n, self.heads, -1).transpose(0, 1), self.w_uv).transpose(0, 1)  # [B · T, H, V]
         return self.out.added(x, heads.reshape(n, -1))
+
+    def look(self, q: Tensor, kept: Tensor, now: Now) -> Tensor:
+        """The queries [B, T · H, C + R] over what their rows have kept → [B, T · H, C]."""
+        seen = now.places.seen(kept)  # [B, S, C + R]
+        start, counts = (self.nothing, 0) if now.closed is None else (now.closed, 1)
+        scores = torch.baddbmm(start, q, seen.mT, beta=counts, alpha=self.scale)  # [B, T · H, S]
+        return torch.bmm(_softmax(scores), seen.narrow(2, 0, self.latent))
+
+    def look_by_page(self, q: Tensor, kept: Tensor, now: Now, decode: Callable[..., Tensor]) -> Tensor:
+        """The same by a kernel that finds the pages itself: nothing is gathered."""
+        places = now.places
+        table, limits = places.table.view(now.rows, -1), places.positions + 1
+        return decode(q, kept, table, limits, self.heads, self.latent, places.size, self.scale, places.length)
 
 
 class _SwiGLU:

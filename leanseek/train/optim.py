@@ -40,16 +40,19 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
-    betas = config.beta1, config.beta2
+    betas, moments = (config.beta1, config.beta2), torch.bfloat16 if config.moments == "bf16" else None
     adamw: Optimizer
-    if config.moments == "bf16":
-        adamw = BF16MomentsAdamW(groups, betas, config.eps)
-    else:
+    if moments is None:
         adamw = AdamW(groups, lr=0.0, betas=betas, eps=config.eps, fused=True)
+    else:
+        adamw = NarrowAdamW(groups, betas, config.eps, moments)
     if config.name == "adamw":
         return [adamw]
     matrices: list[dict[str, Any]] = [{"params": single, "parts": 1}, {"params": stacked, "parts": 2}]
-    return [Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype, ranks), adamw]
+    return [
+        Muon(matrices, config.muon_momentum, config.weight_decay, config.muon_steps, model.dtype, ranks, moments),
+        adamw,
+    ]
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
@@ -63,11 +66,15 @@ def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None
             group["lr"] = learning_rate
 
 
-class BF16MomentsAdamW(Optimizer):
-    """AdamW whose two moments rest in BF16 and are computed with in at least FP32 (report §3.3.3)."""
+class NarrowAdamW(Optimizer):
+    """AdamW whose moments rest in `moments`, BF16 in V3 (report §3.3.3); it computes in the weights' own precision.
 
-    def __init__(self, params: Iterable[Any], betas: tuple[float, float], eps: float) -> None:
+    A step uses the new moments before they are rounded.
+    """
+
+    def __init__(self, params: Iterable[Any], betas: tuple[float, float], eps: float, moments: torch.dtype) -> None:
         super().__init__(params, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.moments = moments
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -79,8 +86,8 @@ class BF16MomentsAdamW(Optimizer):
                 state = self.state[p]
                 if not state:
                     state["step"] = 0
-                    state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
-                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
+                    state["exp_avg"] = torch.zeros_like(p, dtype=self.moments)
+                    state["exp_avg_sq"] = torch.zeros_like(p, dtype=self.moments)
                 state["step"] += 1
                 gradient, weights = local(p.grad), local(p)
                 mean, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
@@ -97,9 +104,9 @@ class Muon(Optimizer):
     """Momentum, orthogonalised. A parameter is a matrix [r, c] or a stack of them [n, r, c], each with its own update.
 
     `parts` of a group says how many matrices lie one above the other in a slice: 2 where gate and up are fused. `dtype`
-    is the precision of the orthogonalisation; momentum and weights keep theirs. Of a stack each of the `ranks` has
-    whole matrices and does its own; the rows of a single matrix come together on one of them, the work of all matrices
-    spread as evenly as it can be.
+    is the precision of the orthogonalisation, `moments` the one the momentum rests in, the weights' own where it is
+    None. Of a stack each of the `ranks` has whole matrices and does its own; the rows of a single matrix come together
+    on one of them, the work of all matrices spread as evenly as it can be.
     """
 
     def __init__(
@@ -110,10 +117,11 @@ class Muon(Optimizer):
         steps: int,
         dtype: torch.dtype = torch.float32,
         ranks: Ranks = ALONE,
+        moments: torch.dtype | None = None,
     ) -> None:
         defaults = {"lr": 0.0, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "parts": 1}
         super().__init__(params, defaults)
-        self.dtype, self.ranks = dtype, ranks
+        self.dtype, self.ranks, self.moments = dtype, ranks, moments
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -125,9 +133,10 @@ class Muon(Optimizer):
                 if p.grad is None:
                     continue
                 if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                gradient = local(p.grad)
-                buffer = local(self.state[p]["momentum_buffer"]).mul_(group["momentum"]).add_(gradient)
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p, dtype=self.moments)
+                gradient, resting = local(p.grad), local(self.state[p]["momentum_buffer"])
+                buffer = resting.to(gradient.dtype).mul_(group["momentum"]).add_(gradient)
+                resting.copy_(buffer)
                 update = gradient.add(buffer, alpha=group["momentum"]).to(self.dtype)  # Nesterov's look ahead
                 if p.dim() == 2 and self.ranks.group("shard") is not None:
                     shared.append((local(p), update, group))

@@ -12,6 +12,7 @@ from leanseek import checkpoint
 from leanseek.config import BadInput, Config, TrainConfig
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
+from leanseek.ops.backend import Measured, kernels_for
 from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import ALONE, Ranks, lead
 from leanseek.parallel.pipeline import Pipeline
@@ -21,10 +22,11 @@ from leanseek.train.log import Log
 from leanseek.train.loop import Batches, train
 from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
+from leanseek.train.precision import in_fp8
 from leanseek.train.receipt import write_receipt
 from leanseek.train.step import losses_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the activations
 
 
 def take_up(
@@ -71,7 +73,12 @@ def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optim
         ready_cpu()
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
-    model.to(ranks.device if ranks.meshes else config.train.device)
+    device = ranks.device if ranks.meshes else torch.device(config.train.device)
+    model.to(device)
+    table = Measured.read(Path(config.train.kernel_table)) if config.train.kernel_table is not None else None
+    model.use(kernels_for(device, config.train.kernels, table))
+    if config.train.dtype == "fp8":
+        in_fp8(model)
     if config.train.compile:
         for block in model.layers.values():
             block.compile()
@@ -101,7 +108,7 @@ def train_and_bill(
     device = torch.device(config.train.device)
     peak = torch.tensor(matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192), device=ranks.device)
     with Log(run, config.train.tokens, ranks.total(peak).item(), silent=not ranks.first) as log:
-        where = f"on {device.type} in {config.train.dtype}{ranks.named()}"
+        where = f"on {device.type} in {config.train.dtype} by {model.kernels.told}{ranks.named()}"
         log.say(f"{run}: {config.train.tokens:,} tokens, {what}, {where}")
         parts = model, optimizers, batches, evaluate, flops_per_token, log, ranks, pipeline
         progress, ending = train(run, config, *parts)
@@ -128,7 +135,8 @@ def _check_memory(config: Config, ranks: int) -> None:
         there = torch.cuda.get_device_properties(0).total_memory * ranks
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of all processes
-    needed = config.mesh.replicate * training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
+    moments = (1 if config.optimizer.name == "muon" else 2) * (0.5 if config.optimizer.moments == "bf16" else 1)
+    needed = config.mesh.replicate * training_bytes(config.model, moments)
     if needed > there:
         raise BadInput(
             f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "

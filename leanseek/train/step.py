@@ -26,6 +26,7 @@ from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.parts import local, norm_of
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
+from leanseek.train.precision import weights_quantised_once
 from leanseek.train.schedule import Knobs
 
 
@@ -88,7 +89,8 @@ def train_step(
     beyond the limits."""
     model.train()
     make = gradients if pipeline is None else pipelined(pipeline)
-    losses = make(model, ids, targets, knobs, config, positions, segments, ranks)
+    with weights_quantised_once(model):
+        losses = make(model, ids, targets, knobs, config, positions, segments, ranks)
     return update(model, optimizers, losses, knobs, config, ranks, limits)
 
 
@@ -270,7 +272,7 @@ def _cross_entropies(
             state, wanted = state.flatten(0, 1), wanted.flatten()
         else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
             state, wanted = state[wanted != IGNORE], wanted[wanted != IGNORE]
-        losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted))
+        losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted, model.kernels.losses_and_error))
     return losses
 
 
