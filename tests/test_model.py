@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -19,6 +20,7 @@ from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import apply_rope, rope_frequencies, rotary, softmax_scale
 from leanseek.model.transformer import Transformer
 from leanseek.ops.attention import attention_reference
+from leanseek.ops.backend import PLAIN
 from leanseek.ops.experts import grouped_linear_reference
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
 from leanseek.ops.routing import route
@@ -584,9 +586,9 @@ def test_plan_counts_the_real_parameters_of_every_recipe(name: str) -> None:
 @pytest.mark.parametrize("changes", [{}, {"q_lora_rank": None, "num_nextn_predict_layers": 0}, V2], ids=str)
 def test_planned_flops_are_those_of_the_real_model(changes: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(mla, "attention", attention_reference)  # the counter does not see the fused kernels
-    monkeypatch.setattr(moe, "grouped_linear", grouped_linear_reference)
     config = tiny(**({"num_nextn_predict_layers": 2, "first_k_dense_replace": 1} | changes))
     model = ours(config)
+    model.use(replace(PLAIN, grouped_linear=grouped_linear_reference))
     batch, length = 2, 24
     ids, positions = sample(config, batch, length)
     layers, depths = config.num_hidden_layers, config.num_nextn_predict_layers

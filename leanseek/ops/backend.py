@@ -24,7 +24,7 @@ from torch import Tensor
 from leanseek.config import BadInput
 from leanseek.ops import experts, fp8, loss
 from leanseek.ops.elementwise import swiglu
-from leanseek.ops.fp8 import BLOCK, ROW, Quantised
+from leanseek.ops.fp8 import BLOCK, ROW, Quantised, Tile
 
 Wanted = Literal["auto", "triton", "reference"]
 HOPPER = (9, 0)  # the first with FP8 tensor cores and a copy engine
@@ -73,7 +73,17 @@ class Measured:
             raise BadInput(f"{path}: not a table of `leanseek bench kernels`") from None
 
 
-# ── the plain ones ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the operations, plainly ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def quantised(values: Tensor, tile: Tile, power_of_two: bool = False) -> Quantised:
+    """values [..., R, C] in FP8 in such tiles."""
+    return fp8.quantised(values, tile, power_of_two)
+
+
+def quantised_by_expert(values: Tensor, counts: Tensor, power_of_two: bool = False) -> Quantised:
+    """Rows [P, C] sorted by expert, in COLUMN tiles that end with the expert, counts [E]: for `grouped_wgrad` alone."""
+    return fp8.quantised_by_expert(values, counts, power_of_two)
 
 
 def quantised_swiglu(gate_up: Tensor, power_of_two: bool = False) -> Quantised:
@@ -91,16 +101,21 @@ def grouped_matmul(x: Quantised, weight: Quantised, counts: Tensor, dtype: torch
     return fp8.grouped_matmul(x, weight, counts).to(dtype)
 
 
+def grouped_wgrad(grad: Quantised, x: Quantised, counts: Tensor) -> Tensor:
+    """The gradient of each expert's matrix: grad [P, N] and x [P, K] by `quantised_by_expert` → FP32 [E, N, K]."""
+    return fp8.grouped_wgrad(grad, x, counts)
+
+
 @dataclass(frozen=True)
 class Kernels:
     """Every operation's implementation; the plain ones unless told otherwise."""
 
-    quantised: Callable[..., Quantised] = fp8.quantised
+    quantised: Callable[..., Quantised] = quantised
     quantised_swiglu: Callable[..., Quantised] = quantised_swiglu
-    quantised_by_expert: Callable[..., Quantised] = fp8.quantised_by_expert
+    quantised_by_expert: Callable[..., Quantised] = quantised_by_expert
     matmul: Callable[..., Tensor] = matmul
     grouped_matmul: Callable[..., Tensor] = grouped_matmul
-    grouped_wgrad: Callable[[Quantised, Quantised, Tensor], Tensor] = fp8.grouped_wgrad
+    grouped_wgrad: Callable[[Quantised, Quantised, Tensor], Tensor] = grouped_wgrad
     grouped_linear: Callable[[Tensor, Tensor, Tensor], Tensor] = experts.grouped_linear
     permute: Callable[[Tensor, experts.Layout], Tensor] = experts.permute
     unpermute: Callable[[Tensor, experts.Layout, Tensor], Tensor] = experts.unpermute
