@@ -25,7 +25,7 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
     config = _for_tokenizer(config, tokenizer)
     with checkpoint.lock(run):
         config = take_up(run, config, data.fingerprint, data.tokenizer_folder, data_folder)
-        return _train(config, data, tokenizer, run)
+        return train_on(config, data, tokenizer, run)
 
 
 def assemble(config: Config, data: Data, tokenizer: Tokenizer) -> tuple[Transformer, list[Optimizer], Loader]:
@@ -35,8 +35,13 @@ def assemble(config: Config, data: Data, tokenizer: Tokenizer) -> tuple[Transfor
     return model, optimizers, loader
 
 
-def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
+def train_on(
+    config: Config, data: Data, tokenizer: Tokenizer, run: Path, begin: checkpoint.Checkpoint | None = None
+) -> dict[str, Any]:
+    """Trains RUN, which is locked, from where it stopped, else from the weights of `begin`, else from scratch."""
     model, optimizers, loader = assemble(config, data, tokenizer)
+    if begin is not None:
+        checkpoint.load_model_weights(begin.model, model)  # weights and routing bias: the optimizers begin anew
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:

@@ -1,0 +1,148 @@
+"""Needle in a haystack (report §4.3, figure 8): what was said long ago is asked for, over length and depth.
+
+Of each trial there is one haystack, with a needle at one depth after the other; what comes before it is read once.
+
+An answer is right when each of its tokens is the likeliest behind all before it. That is greedy decoding's exact match
+without decoding: if the first i tokens were written, the next one written is the likeliest behind them.
+"""
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from leanseek.config import BadInput
+from leanseek.data.needles import buried, hay, record
+from leanseek.data.storyworld import NEEDLES
+from leanseek.data.storyworld.questions import sentences
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.eval.likelihood import CACHE_TOKENS, Asked, likelihoods
+from leanseek.eval.statistics import interval
+from leanseek.model.transformer import Transformer
+
+DEPTHS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
+TRIALS = 100  # haystacks of each length
+
+Straw = Callable[[random.Random], Iterator[str]]  # sentences without end
+
+
+@dataclass(frozen=True)
+class Grid:
+    """right[length][depth]: how many of the trials found their needle."""
+
+    lengths: tuple[int, ...]
+    depths: tuple[float, ...]
+    trials: int
+    right: tuple[tuple[int, ...], ...]
+
+    def results(self) -> dict[str, Any]:
+        """As an evaluation keeps them: the score is the mean over all cells."""
+        verdicts = [float(i < count) for row in self.right for count in row for i in range(self.trials)]
+        stderr, low, high = interval(verdicts)
+        return {
+            "score": sum(verdicts) / len(verdicts),
+            "stderr": stderr,
+            "low": low,
+            "high": high,
+            "n": len(verdicts),
+            "trials": self.trials,
+            "lengths": list(self.lengths),
+            "depths": list(self.depths),
+            "found": [[count / self.trials for count in row] for row in self.right],
+        }
+
+
+def search(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    lengths: Sequence[int],
+    trials: int = TRIALS,
+    seed: int = 0,
+    straw: Straw | None = None,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Grid:
+    """Haystack, question and answer together have at most `length` tokens, less than a sentence below it.
+
+    straw: what haystacks are made of; the storyworld's sentences unless given. progress: is told of tokens done with.
+    Raises BadInput for a length into which a needle does not fit.
+    """
+    right = []
+    for length in lengths:
+        found = [0] * len(DEPTHS)
+        at_once = max(1, CACHE_TOKENS // (length * len(DEPTHS)))
+        for first in range(0, trials, at_once):
+            some = range(first, min(first + at_once, trials))
+            asked = [one for trial in some for one in questions(tokenizer, length, trial, seed, straw)]
+            for i, likelihood in enumerate(likelihoods(model, asked)):
+                found[i % len(DEPTHS)] += likelihood.greedy
+            progress(len(some) * length)
+        right.append(tuple(found))
+    return Grid(tuple(lengths), DEPTHS, trials, tuple(right))
+
+
+def straw_of(texts: Sequence[str]) -> Straw:
+    """Sentences of these texts: from one chosen by chance on, one after the other, again and again. Raises BadInput."""
+    if not any(text.strip() for text in texts):
+        raise BadInput("there is no text to make haystacks of")
+
+    def straw(rng: random.Random) -> Iterator[str]:
+        for text in itertools.cycle([*texts[(first := rng.randrange(len(texts))) :], *texts[:first]]):
+            yield from (text[start:end] for start, end in sentences(text))
+
+    return straw
+
+
+def questions(tokenizer: Tokenizer, length: int, trial: int, seed: int = 0, straw: Straw | None = None) -> list[Asked]:
+    """One haystack with one needle, at each depth in turn, and the question after it. Raises BadInput."""
+    rng = random.Random(f"needle:{seed}:{length}:{trial}")
+    question, answer = record(rng)
+    asked, answered = tokenizer.encode(question), tokenizer.encode(answer)
+    needle, room = f"{question}{answer}.", length - len(asked) - len(answered)
+
+    def read(parts: Sequence[str]) -> list[list[int]]:
+        # A line break ends a token, whatever follows: the question may be encoded apart.
+        texts = [buried(parts, needle, depth) + "\n" for depth in DEPTHS]
+        return [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+
+    parts: list[str] = []
+    left = room - len(read(parts)[0])
+    for sentence in hay(rng, NEEDLES) if straw is None else straw(rng):
+        left -= len(tokenizer.encode(f" {sentence}"))
+        if left < 0:
+            break
+        parts.append(sentence)
+    # A whole may have a token more than its parts.
+    while max(map(len, haystacks := read(parts))) > room:
+        if not parts:
+            raise BadInput(f"--lengths {length}: a needle and its question do not fit: give larger ones")
+        parts.pop()
+    return [Asked((*haystack, *asked), tuple(answered)) for haystack in haystacks]
+
+
+def plot(grid: Grid, context: int, file: Path, title: str) -> None:
+    """The heat map as PNG: lengths from left to right, depths from top to bottom, a share in each cell.
+
+    A line stands where the context ends that the model was trained for.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    shares = [[row[i] / grid.trials for row in grid.right] for i in range(len(grid.depths))]
+    figure, axis = plt.subplots(figsize=(2.4 + 0.95 * len(grid.lengths), 4.2), layout="constrained")
+    image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+    for i, row in enumerate(shares):
+        for j, share in enumerate(row):
+            axis.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=9)
+    within = sum(length <= context for length in grid.lengths)
+    if 0 < within < len(grid.lengths):
+        axis.axvline(within - 0.5, color="#253237", linewidth=2)
+    axis.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
+    axis.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
+    axis.set(xlabel="tokens", ylabel="depth of the needle", title=title)
+    figure.colorbar(image, label=f"found, share of {grid.trials}")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
