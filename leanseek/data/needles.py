@@ -43,7 +43,10 @@ def buried(straw: Sequence[str], needle: str, depth: float) -> str:
 
 
 def needle_text(rng: random.Random, seed: int, size: int) -> str:
-    """About `size` characters: a needle at a random depth of a haystack, and the question with its answer."""
+    """About `size` characters: a needle at a random depth of a haystack, and the question with its answer.
+
+    Where there is no room for hay, the question comes several times: what is to be learnt first, and nothing beside it.
+    """
     needle = "".join(record(rng)) + "."
     straw: list[str] = []
     left = size - 2 * len(needle)
@@ -52,7 +55,8 @@ def needle_text(rng: random.Random, seed: int, size: int) -> str:
         if left < 0:
             break
         straw.append(sentence)
-    return f"{buried(straw, needle, rng.random())}\n{needle}"
+    times = 1 if straw else rng.randrange(2, 6)
+    return buried(straw, needle, rng.random()) + times * f"\n{needle}"
 
 
 def needle_texts(seed: int, number: int, size: int, longest: int) -> Iterator[str]:

@@ -92,8 +92,8 @@ def evaluate(
                 positions.plot({run.name: curve}, trained, _within(folder, f"{name}.png"))
             case "needle":
                 grid = _needle(llm, lengths or _halves(trained), settings, text)
-                results[task], further = grid.results(), {"context": trained}
-                needle.plot(grid, trained, _within(folder, f"{name}.png"), run.name)
+                results[task], further = grid.results(), {}
+                needle.plot({run.name: grid}, _within(folder, f"{name}.png"))
         _keep(folder, name, results[task] | further)
     weights = weights_of(run)
     for task_file in asked:

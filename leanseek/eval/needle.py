@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from leanseek.config import BadInput
 from leanseek.data.needles import buried, hay, record
@@ -36,6 +36,13 @@ class Grid:
     depths: tuple[float, ...]
     trials: int
     right: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, results: dict[str, Any]) -> Self:
+        """The grid that an evaluation kept."""
+        trials = results["trials"]
+        right = tuple(tuple(round(share * trials) for share in row) for row in results["found"])
+        return cls(tuple(results["lengths"]), tuple(results["depths"]), trials, right)
 
     def results(self) -> dict[str, Any]:
         """As an evaluation keeps them: the score is the mean over all cells."""
@@ -121,28 +128,33 @@ def questions(tokenizer: Tokenizer, length: int, trial: int, seed: int = 0, stra
     return [Asked((*haystack, *asked), tuple(answered)) for haystack in haystacks]
 
 
-def plot(grid: Grid, context: int, file: Path, title: str) -> None:
-    """The heat map as PNG: lengths from left to right, depths from top to bottom, a share in each cell.
-
-    A line stands where the context ends that the model was trained for.
-    """
+def plot(grids: dict[str, Grid], file: Path) -> None:
+    """A heat map for each, by its name, side by side as PNG: lengths from left to right, depths downwards."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    shares = [[row[i] / grid.trials for row in grid.right] for i in range(len(grid.depths))]
-    figure, axis = plt.subplots(figsize=(2.4 + 0.95 * len(grid.lengths), 4.2), layout="constrained")
-    image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
-    for i, row in enumerate(shares):
-        for j, share in enumerate(row):
-            axis.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=9)
-    within = sum(length <= context for length in grid.lengths)
-    if 0 < within < len(grid.lengths):
-        axis.axvline(within - 0.5, color="#253237", linewidth=2)
-    axis.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
-    axis.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
-    axis.set(xlabel="tokens", ylabel="depth of the needle", title=title)
-    figure.colorbar(image, label=f"found, share of {grid.trials}")
+    columns = [len(grid.lengths) for grid in grids.values()]
+    figure, row = plt.subplots(
+        1,
+        len(grids),
+        figsize=(1.6 + 0.8 * sum(columns), 3.9),
+        width_ratios=columns,
+        squeeze=False,
+        layout="constrained",
+    )
+    for axis, (name, grid) in zip(row[0], grids.items(), strict=True):
+        shares = [[found[i] / grid.trials for found in grid.right] for i in range(len(grid.depths))]
+        image = axis.imshow(shares, cmap="RdYlGn", vmin=0, vmax=1, aspect="auto")
+        for i, across in enumerate(shares):
+            for j, share in enumerate(across):
+                axis.text(j, i, f"{share:.0%}", ha="center", va="center", fontsize=8)
+        axis.set_xticks(range(len(grid.lengths)), [f"{length:,}" for length in grid.lengths])
+        axis.set_yticks(range(len(grid.depths)), [f"{depth:.0%}" for depth in grid.depths])
+        axis.set(xlabel="tokens", title=name)
+        axis.title.set_size(10)
+    row[0, 0].set_ylabel("depth of the needle")
+    figure.colorbar(image, ax=row[0, -1], label=f"found, of {grid.trials} a cell")
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -123,7 +123,7 @@ def _check_overrides(run: Path, before: ModelConfig, model: ModelConfig) -> None
 def _check_data(data: Data, stages: Sequence[Stage], context: int) -> None:
     """Raises BadInput for data that cannot fill a row; warns where no document needs the length."""
     for stage in stages:
-        sources = [name for name, weight in stage.mixture.items() if weight] or [None]
+        sources: list[str | None] = [name for name, weight in stage.mixture.items() if weight] or [None]
         for source in sources:
             counted = data.counts("train", source)
             there = counted.tokens + 2 * counted.documents  # BOS and EOS
