@@ -29,13 +29,13 @@ BEFORE, AFTER = 256, (1024, 4096)
 ASKED = (256, 512, 1024, 2048, 4096)  # tokens of the haystacks
 HELD_OUT = 9  # a seed of no training text
 STAGES = (
-    *("train.dtype=bf16", "train.tokens=800_000", "train.checkpoint_every=25"),
-    *("train.eval_every=50", "train.eval_tokens=15_000"),
+    *("train.dtype=bf16", "train.tokens=1_500_000", "stages.0.share=0.2", "stages.1.share=0.8"),
+    *("train.checkpoint_every=25", "train.eval_every=100", "train.eval_tokens=15_000"),
     "stages.0.mixture={needles-3800=0.6,storyworld=0.4}",
-    "stages.1.mixture={needles-3800=0.1,needles-15000=0.6,storyworld=0.3}",
+    "stages.1.mixture={needles-3800=0.05,needles-11000-15000=0.8,storyworld=0.15}",
 )
-# Five times V3's share of the peak, then down: these stages have a hundred steps each, V3's a thousand.
-RATE = '{until=0.03,value=2e-3,shape="linear"},{until=0.6,value=2e-3},{until=1,value=1e-4,shape="linear"}'
+# Ten times V3's share of the peak, then down: these stages have some hundred steps, V3's a thousand each.
+RATE = '{until=0.02,value=4e-3,shape="linear"},{until=0.6,value=4e-3},{until=1,value=1e-4,shape="linear"}'
 WAYS = {  # run: its name in the table, and what is asked of `extend`
     "base": ("before", ()),
     "untrained": ("YaRN, no training", ("schedule.learning_rate=[{until=1,value=0}]", "train.max_steps=1")),
@@ -68,7 +68,7 @@ def train(out: Path) -> None:
     """The four runs and their text, where they are not there yet."""
     out.mkdir(parents=True, exist_ok=True)
     held_out, data, long_data = out / "val.jsonl", out / "data", out / "long-data"
-    write(held_out, [*needle_texts(HELD_OUT, 0, 50_000, 900), *documents(HELD_OUT, 0, 70_000)])
+    write(held_out, [*needle_texts(HELD_OUT, 0, 50_000, 900 / 8, 900), *documents(HELD_OUT, 0, 70_000)])
     straw = hay(random.Random(0), NEEDLES)
     write(out / "long.jsonl", [" ".join(islice(straw, 400)) for _ in range(32)])
     if not data.exists():
@@ -76,7 +76,7 @@ def train(out: Path) -> None:
         prepare(made, data, 1536, validation=[str(held_out)])
     pretrain(read_recipe(str(Path(__file__).with_suffix(".toml"))), data, out / "base")
     if not long_data.exists():
-        made = ["needles-3800:1MB", "needles-15000:4MB", "storyworld:2MB"]
+        made = ["needles-3800:1MB", "needles-11000-15000:5MB", "storyworld:2MB"]
         prepare(made, long_data, tokenizer=out / "base" / "tokenizer", validation=[str(held_out)])
     for run, (_, further) in WAYS.items():
         if further:

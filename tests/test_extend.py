@@ -272,8 +272,8 @@ def test_text_without_long_documents_is_warned_of(
 
 
 def test_needle_texts_are_what_they_say() -> None:
-    texts = list(needle_texts(0, 0, 60_000, 2000))
-    assert texts == list(needle_texts(0, 0, 60_000, 2000)) != list(needle_texts(1, 0, 60_000, 2000))
+    texts = list(needle_texts(0, 0, 60_000, 250, 2000))
+    assert texts == list(needle_texts(0, 0, 60_000, 250, 2000)) != list(needle_texts(1, 0, 60_000, 250, 2000))
     depths = []
     for text in texts:
         before, _, needle = text.rpartition("\n")

@@ -13,7 +13,6 @@ from leanseek.data.storyworld.gatherings import NAMES
 from leanseek.data.storyworld.questions import sentences
 from leanseek.data.storyworld.words import even, listed
 
-SHORTEST = 1 / 8  # of the longest text of a source
 HAYSTACK = 1 << 20  # numbers of the stories that a seed's haystacks are made of
 
 
@@ -59,12 +58,12 @@ def needle_text(rng: random.Random, seed: int, size: int) -> str:
     return buried(straw, needle, rng.random()) + times * f"\n{needle}"
 
 
-def needle_texts(seed: int, number: int, size: int, longest: int) -> Iterator[str]:
-    """Batch `number`: until they have `size` bytes or more, texts of an eighth of `longest` characters up to all."""
+def needle_texts(seed: int, number: int, size: int, shortest: float, longest: float) -> Iterator[str]:
+    """Batch `number`: until they have `size` bytes or more, texts of `shortest` to `longest` characters."""
     rng = random.Random(f"needles:{longest}:{seed}:{number}")
     written = 0
     while written < size:
-        text = needle_text(rng, seed, round(longest * rng.uniform(SHORTEST, 1)))
+        text = needle_text(rng, seed, round(rng.uniform(shortest, longest)))
         written += len(text.encode())
         yield text
 

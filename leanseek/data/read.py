@@ -18,7 +18,7 @@ from leanseek.data.needles import needle_texts
 from leanseek.data.storyworld import MADE, PRETRAINING
 
 SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
-NEEDLES = re.compile(r"needles-([1-9]\d{1,8})")  # texts of up to so many characters
+NEEDLES = re.compile(r"needles-(?:([1-9]\d{0,8})-)?([1-9]\d{0,8})")  # characters of a text, at least and at most
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
 
 
@@ -30,7 +30,7 @@ class Source:
     files: tuple[Path, ...] = ()
     hub: str = ""
     folder: bool = False
-    made: str = ""  # which of storyworld.MADE, or needles-N
+    made: str = ""  # which of storyworld.MADE, or needles-A-B
     made_bytes: int = 0
 
     @property
@@ -143,7 +143,8 @@ def find_source(text: str) -> Source:
 def _made(name: str, number: int, size: int) -> Iterator[str]:
     """Batch `number` of what is made up under this name."""
     if needles := NEEDLES.fullmatch(name):
-        return needle_texts(PRETRAINING, number, size, int(needles[1]))
+        longest = int(needles[2])
+        return needle_texts(PRETRAINING, number, size, int(needles[1]) if needles[1] else longest / 8, longest)
     return MADE[name](PRETRAINING, number, size)
 
 
