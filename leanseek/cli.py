@@ -189,7 +189,7 @@ def evaluate(
             print(f"bpb {result['bpb']:.4f} on {result['bytes']:,} bytes, {result['tokens']:,} tokens")
             continue
         if name == "positions":
-            for first, after, bpb in zip(result["edges"], result["edges"][1:], result["bpb"], strict=False):
+            for first, after, bpb in zip(result["edges"], result["edges"][1:], result["by_position"], strict=False):
                 print(f"tokens {first:,} to {after - 1:,}: bpb {bpb:.4f}")
             continue
         if name == "needle":

@@ -56,10 +56,7 @@ def main() -> None:
         score(out / run, out / "long.jsonl", asked.trials)
     kept = {name: results_of(out / run) for run, (name, _) in WAYS.items()}
     needle.plot({name: Grid.of(found["needle"]) for name, found in kept.items()}, pictures / "long-needle.png")
-    curves = {
-        name: Curve(**{key: found["positions-long"][key] for key in ("edges", "bpb", "documents")})
-        for name, found in kept.items()
-    }
+    curves = {name: Curve.of(found["positions-long"]) for name, found in kept.items()}
     positions.plot(curves, BEFORE, pictures / "long-positions.png")
     print("\n".join(table(kept)))
 
@@ -109,7 +106,7 @@ def table(kept: dict[str, dict[str, dict[str, float]]]) -> list[str]:
         grid = Grid.of(found["needle"])
         cells = [f"{sum(row) / len(row) / grid.trials:.0%} ({min(row) / grid.trials:.0%})" for row in grid.right]
         short = found.get(f"bpb-{BEFORE}") or found["bpb"]
-        far = found["positions-long"]["bpb"][-1]
+        far = Curve.of(found["positions-long"]).by_position[-1]
         lines.append(f"| {name} | {' | '.join(cells)} | {short['bpb']:.4f} | {far:.4f} |")
     return lines
 

@@ -27,6 +27,7 @@ from leanseek.hub import export_release, import_release
 from leanseek.model import rope
 from leanseek.model.rope import rope_frequencies, softmax_scale
 from leanseek.post.sft import sft
+from leanseek.report import report
 from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
 from leanseek.train import extend as extending
@@ -390,7 +391,8 @@ def test_bits_by_position_add_up(llm: LLM) -> None:
         sum(len(llm.tokenizer.decode(ids[a:b]).encode()) for ids, _ in cut)
         for a, b in zip(curve.edges, curve.edges[1:], strict=False)
     ]
-    assert np.dot(curve.bpb, sizes) / sum(sizes) == pytest.approx(total.bpb, rel=1e-5)
+    assert np.dot(curve.by_position, sizes) / sum(sizes) == pytest.approx(total.bpb, rel=1e-5)
+    assert curve.bpb == pytest.approx(total.bpb, rel=1e-5)
     with pytest.raises(BadInput, match="no document has 5,000 tokens"):
         by_position(llm.model, llm.tokenizer, documents, 5000)
 
@@ -399,9 +401,9 @@ def test_the_verb_keeps_grid_curve_and_pictures(
     long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "eval"
-    told = ["--tasks", "needle,positions", "--lengths", "110,128", "--limit", "2", "--out", str(out)]
+    told = ["--tasks", "needle,positions", "--lengths", "110,128", "--limit", "2"]
     with pytest.raises(SystemExit) as ended:
-        main(["eval", str(long_run), *told, "--json"])
+        main(["eval", str(long_run), *told, "--out", str(out), "--json"])
     assert ended.value.code == 0
     results = json.loads(capsys.readouterr().out)
     assert results["needle"]["n"] == 2 * len(DEPTHS) * 2
@@ -415,6 +417,9 @@ def test_the_verb_keeps_grid_curve_and_pictures(
     printed = capsys.readouterr().out
     assert "128 tokens:" in printed
     assert "tokens 64 to 127: bpb" in printed
+    page = report([long_run], tmp_path).read_text()
+    assert "needle" in page
+    assert "positions" in page
     for wrong, said in (
         (["--lengths", "12"], "do not fit"),
         (["--lengths", "x"], "whole numbers"),

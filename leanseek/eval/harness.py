@@ -88,7 +88,7 @@ def evaluate(
                 results[task], further = asdict(bpb), asdict(beside)
             case "positions":
                 curve = by_position(llm.model, llm.tokenizer, _texts(run, config, llm.tokenizer, text), context)
-                results[task], further = curve.results(), {}
+                results[task], further = asdict(curve), {}
                 positions.plot({run.name: curve}, trained, _within(folder, f"{name}.png"))
             case "needle":
                 grid = _needle(llm, lengths or _halves(trained), settings, text)

@@ -7,9 +7,9 @@ that a difference between positions is the model's.
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -26,14 +26,17 @@ FIRST = 64  # tokens of the first stretch; each further one ends at twice the le
 
 @dataclass(frozen=True)
 class Curve:
-    """bpb[i]: of the tokens from position `edges[i]` up to, not including, `edges[i + 1]`."""
+    """by_position[i]: of the tokens from position `edges[i]` up to, not including, `edges[i + 1]`; bpb: of all."""
 
+    bpb: float
     edges: tuple[int, ...]
-    bpb: tuple[float, ...]
+    by_position: tuple[float, ...]
     documents: int
 
-    def results(self) -> dict[str, Any]:
-        return asdict(self)
+    @classmethod
+    def of(cls, results: dict[str, Any]) -> Self:
+        """The curve that an evaluation kept, from `asdict`."""
+        return cls(results["bpb"], tuple(results["edges"]), tuple(results["by_position"]), results["documents"])
 
 
 @torch.no_grad()
@@ -69,8 +72,9 @@ def by_position(
     if not read:
         raise BadInput(f"no document has {length:,} tokens: give longer ones with --text, or a smaller --context")
     edges = [0, *(FIRST << i for i in range(length.bit_length()) if FIRST << i < length), length]
-    bpb = [nats[a:b].sum() / math.log(2) / sizes[a:b].sum() for a, b in itertools.pairwise(edges)]
-    return Curve(tuple(edges), tuple(bpb), read)
+    bits = nats / math.log(2)
+    parts = tuple(bits[a:b].sum() / sizes[a:b].sum() for a, b in itertools.pairwise(edges))
+    return Curve(bits.sum() / sizes.sum(), tuple(edges), parts, read)
 
 
 def byte_counts(tokenizer: Tokenizer) -> NDArray[np.int64]:
@@ -87,7 +91,7 @@ def plot(curves: dict[str, Curve], context: int, file: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7.2, 4), layout="constrained")
     for name, curve in curves.items():
-        axis.stairs(curve.bpb, curve.edges, label=name, linewidth=1.8, baseline=None)
+        axis.stairs(curve.by_position, curve.edges, label=name, linewidth=1.8, baseline=None)
     longest = max(curve.edges[-1] for curve in curves.values())
     if context < longest:
         axis.axvline(context, color="#9db4c0", linewidth=1, linestyle="--")
