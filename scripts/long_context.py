@@ -26,7 +26,8 @@ from leanseek.train.extend import extend
 from leanseek.train.pretrain import pretrain
 
 BEFORE, AFTER = 256, (1024, 4096)
-ASKED = (256, 512, 1024, 2048, 4096)  # tokens of the haystacks
+ASKED = (BEFORE, *AFTER)  # tokens of the haystacks
+FAR = f"positions-{AFTER[-1]}-long"  # the name of what is kept of bits per byte by position
 HELD_OUT = 9  # a seed of no training text
 STAGES = (
     *("train.dtype=bf16", "train.tokens=1_500_000", "stages.0.share=0.2", "stages.1.share=0.8"),
@@ -56,7 +57,7 @@ def main() -> None:
         score(out / run, out / "long.jsonl", asked.trials)
     kept = {name: results_of(out / run) for run, (name, _) in WAYS.items()}
     needle.plot({name: Grid.of(found["needle"]) for name, found in kept.items()}, pictures / "long-needle.png")
-    curves = {name: Curve.of(found["positions-long"]) for name, found in kept.items()}
+    curves = {name: Curve.of(found[FAR]) for name, found in kept.items()}
     positions.plot(curves, BEFORE, pictures / "long-positions.png")
     print("\n".join(table(kept)))
 
@@ -90,9 +91,9 @@ def score(run: Path, long_text: Path, trials: int) -> None:
     known = results_of(run) if (run / "eval").exists() else {}
     if known.get("needle", {}).get("trials") != trials:
         evaluate(run, ["needle"], settings=Settings(limit=trials), lengths=ASKED)
-    if not {"bpb", f"bpb-{BEFORE}"} & known.keys():
+    if f"bpb-{BEFORE}" not in known:
         evaluate(run, ["bpb"], context=BEFORE)
-    if "positions-long" not in known:
+    if FAR not in known:
         evaluate(run, ["positions"], long_text, context=AFTER[-1])
 
 
@@ -105,9 +106,8 @@ def table(kept: dict[str, dict[str, dict[str, float]]]) -> list[str]:
     for name, found in kept.items():
         grid = Grid.of(found["needle"])
         cells = [f"{sum(row) / len(row) / grid.trials:.0%} ({min(row) / grid.trials:.0%})" for row in grid.right]
-        short = found.get(f"bpb-{BEFORE}") or found["bpb"]
-        far = Curve.of(found["positions-long"]).by_position[-1]
-        lines.append(f"| {name} | {' | '.join(cells)} | {short['bpb']:.4f} | {far:.4f} |")
+        short, far = found[f"bpb-{BEFORE}"]["bpb"], Curve.of(found[FAR]).by_position[-1]
+        lines.append(f"| {name} | {' | '.join(cells)} | {short:.4f} | {far:.4f} |")
     return lines
 
 

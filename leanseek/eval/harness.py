@@ -31,7 +31,7 @@ from leanseek.serve.llm import LLM
 
 TASKS = ("bpb", "needle", "positions")
 AS_IT_IS = Settings()
-SHORTEST = 64  # tokens of a haystack, where its length is not given
+SHORTEST = 128  # tokens of a haystack, where its length is not given
 LOOKED_AT = 256  # documents from whose beginning the standing columns are taken
 
 Documents = Iterable[tuple[list[int] | NDArray[np.integer], int]]
@@ -66,8 +66,7 @@ def evaluate(
             )
     config = read_run(run)
     trained = config.stages[-1].sequence_length
-    context = trained if context is None else context
-    if context < 1 or any(length < 1 for length in lengths):
+    if min([*lengths, 1 if context is None else context]) < 1:
         raise BadInput("--context and --lengths are numbers of tokens, at least 1")
     asked = [read_task(file) for file in files]
     _told_apart(asked)
@@ -80,21 +79,24 @@ def evaluate(
     folder = run / "eval" if out is None else out
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        name = task if context == trained or task == "needle" else f"{task}-{context}"
+        name = task if context is None or task == "needle" else f"{task}-{context}"
         name = name if text is None else f"{name}-{Path(text).name.partition('.')[0]}"
         match task:
             case "bpb":
-                bpb, beside = _bits_per_byte(run, config, llm, text, context)
-                results[task], further = asdict(bpb), asdict(beside)
+                bpb, beside = _bits_per_byte(run, config, llm, text, context or trained)
+                results[task] = asdict(bpb)
+                _keep(folder, name, asdict(bpb) | asdict(beside))
             case "positions":
-                curve = by_position(llm.model, llm.tokenizer, _texts(run, config, llm.tokenizer, text), context)
-                results[task], further = asdict(curve), {}
-                positions.plot({run.name: curve}, trained, _within(folder, f"{name}.png"))
+                texts = _texts(run, config, llm.tokenizer, text)
+                curve = by_position(llm.model, llm.tokenizer, texts, context or trained)
+                results[task] = asdict(curve)
+                _keep(folder, name, results[task])
+                positions.plot({run.name: curve}, trained, folder / f"{name}.png")
             case "needle":
                 grid = _needle(llm, lengths or _halves(trained), settings, text)
-                results[task], further = grid.results(), {}
-                needle.plot({run.name: grid}, _within(folder, f"{name}.png"))
-        _keep(folder, name, results[task] | further)
+                results[task] = grid.results()
+                _keep(folder, name, results[task])
+                needle.plot({run.name: grid}, folder / f"{name}.png")
     weights = weights_of(run)
     for task_file in asked:
         result = ask(llm, task_file, settings, folder, weights, chats(run), None if pool is None else pool.items)
@@ -131,11 +133,6 @@ def _told_apart(asked: Sequence[Task]) -> None:
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
         raise BadInput(f"two tasks are named {twice!r}: rename a file, for its name is the task's")
-
-
-def _within(folder: Path, name: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / name
 
 
 def _bits_per_byte(run: Path, config: Config, llm: LLM, text: Path | str | None, context: int) -> tuple[BPB, Standing]:
