@@ -30,13 +30,13 @@ ASKED = (BEFORE, *AFTER)  # tokens of the haystacks
 FAR = f"positions-{AFTER[-1]}-long"  # the name of what is kept of bits per byte by position
 HELD_OUT = 9  # a seed of no training text
 STAGES = (
-    *("train.dtype=bf16", "train.tokens=1_500_000", "stages.0.share=0.2", "stages.1.share=0.8"),
-    *("train.checkpoint_every=25", "train.eval_every=100", "train.eval_tokens=15_000"),
+    *("train.dtype=bf16", "train.tokens=1_000_000", "stages.0.share=0.25", "stages.1.share=0.75"),
+    *("train.checkpoint_every=50", "train.eval_every=100", "train.eval_tokens=15_000"),
     "stages.0.mixture={needles-3800=0.6,storyworld=0.4}",
     "stages.1.mixture={needles-3800=0.05,needles-11000-15000=0.8,storyworld=0.15}",
 )
-# Ten times V3's share of the peak, then down: these stages have some hundred steps, V3's a thousand each.
-RATE = '{until=0.02,value=4e-3,shape="linear"},{until=0.6,value=4e-3},{until=1,value=1e-4,shape="linear"}'
+# Eight times V3's share of the peak, then down: these stages have some hundred steps, V3's a thousand each.
+RATE = '{until=0.02,value=3e-3,shape="linear"},{until=0.6,value=3e-3},{until=1,value=1e-4,shape="linear"}'
 WAYS = {  # run: its name in the table, and what is asked of `extend`
     "base": ("before", ()),
     "untrained": ("YaRN, no training", ("schedule.learning_rate=[{until=1,value=0}]", "train.max_steps=1")),

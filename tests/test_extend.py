@@ -15,7 +15,7 @@ import leanseek
 from leanseek import checkpoint
 from leanseek.cli import main
 from leanseek.config import BadInput, ModelConfig, RopeScaling, read_config, read_recipe
-from leanseek.data.needles import BEASTS, HUES, buried, hay, needle_text, needle_texts, record
+from leanseek.data.needles import KINDS, buried, hay, needle_text, needle_texts, records
 from leanseek.data.prepare import prepare
 from leanseek.data.storyworld import NEEDLES, documents
 from leanseek.eval.bpb import bits_per_byte
@@ -277,22 +277,33 @@ def test_needle_texts_are_what_they_say() -> None:
     assert texts == list(needle_texts(0, 0, 60_000, 250, 2000)) != list(needle_texts(1, 0, 60_000, 250, 2000))
     depths = []
     for text in texts:
-        before, _, needle = text.rpartition("\n")
-        assert before.count(needle) == 1
+        haystack, *asked = text.split("\n")
         assert len(text) <= 2000
-        depths.append(before.index(needle) / (len(before) - len(needle)))
-    assert np.histogram(depths, 4, (0, 1))[0].min() > 5  # at all depths
-    assert needle_text(random.Random(0), 0, 1).count("password") in range(3, 7)  # no room for hay
+        assert [haystack.count(needle) for needle in asked] == [1] * len(asked)
+        kinds = {needle.split()[-2] for needle in asked}
+        assert haystack.count("The secret of") == len(kinds) == len(asked)
+        depths += [haystack.index(needle) / (len(haystack) - len(needle)) for needle in asked]
+    assert np.histogram(depths, 4, (0, 1))[0].min() > len(depths) / 6  # at all depths
+    bare = needle_text(random.Random(0), 0, 1).split("\n")  # no room for hay
+    assert len(set(bare)) == 1
+    assert len(bare) > 2
+
+
+def test_needles_are_at_their_depths() -> None:
     straw = ["One.", "Two and two.", "Three."]
-    assert [buried(straw, "N.", depth).index("N.") for depth in (0, 0.2, 0.3, 0.7, 1)] == [0, 5, 5, 18, 25]
+    assert [buried(straw, [(depth, "N.")]).index("N.") for depth in (0, 0.2, 0.3, 0.7, 1)] == [0, 5, 5, 18, 25]
+    assert buried(straw, [(0, "A."), (0.3, "B."), (0.3, "C."), (1, "D.")]) == "A. One. B. C. Two and two. Three. D."
+    assert buried([], [(0, "A."), (1, "B.")]) == "A. B."
 
 
-def test_no_password_is_in_the_hay() -> None:
-    rng = random.Random(0)
-    words = set(" ".join(documents(NEEDLES, 0, 400_000)).lower().replace(".", " ").replace(",", " ").split())
-    assert not words & {*HUES, *BEASTS}
-    assert {len(record(rng)[1].split()) for _ in range(50)} == {2}
-    sentence = hay(rng, 0)
+def test_no_secret_is_in_the_hay() -> None:
+    words = set("".join(c if c.isalpha() else " " for c in " ".join(documents(NEEDLES, 0, 400_000)).lower()).split())
+    secrets = [secret.lower() for kind in KINDS.values() for secret in kind]
+    assert not words & set(secrets)
+    assert len(secrets) == len(set(secrets)) == 128
+    there = records(random.Random(0), len(KINDS))
+    assert len({question.split()[-1] for question, _ in there}) == len(KINDS) > len(DEPTHS)
+    sentence = hay(random.Random(0), 0)
     assert all(next(sentence).rstrip('"')[-1] in ".!?" for _ in range(200))
 
 
@@ -300,13 +311,14 @@ def test_no_password_is_in_the_hay() -> None:
 def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
     """A model with random weights that says something definite after every text."""
     vocabulary = tokenizer()
-    model = model_of(vocabulary, max_position_embeddings=512)
+    # No rows of the embedding that no token has: the engine would never write those.
+    model = model_of(vocabulary, max_position_embeddings=512, vocab_size=vocabulary.vocab_size)
     return LLM.load(make_run(tmp_path_factory.mktemp("needle") / "run", model, vocabulary))
 
 
 def test_an_answer_is_right_exactly_when_greedy_decoding_writes_it(llm: LLM) -> None:
     """Answers that the engine writes, and the same with any one token changed, in one go."""
-    prompts = [one.prompt for trial in range(3) for one in questions(llm.tokenizer, 200, trial)]
+    prompts = [one.prompt for trial in range(3) for one in questions(llm.tokenizer, 350, trial)]
     asked, expected = [], []
     for prompt in prompts:
         request = llm.engine.submit(list(prompt), Sampling(temperature=0, max_tokens=4))
@@ -314,39 +326,38 @@ def test_an_answer_is_right_exactly_when_greedy_decoding_writes_it(llm: LLM) -> 
             llm.engine.step()
         written = tuple(request.drawn)
         for wrong in (None, *range(len(written))):
-            answer = tuple(token + (i == wrong) for i, token in enumerate(written))
+            answer = tuple((token + (i == wrong)) % llm.config.vocab_size for i, token in enumerate(written))
             asked.append(Asked(prompt, answer))
             expected.append(wrong is None)
     assert sum(expected) == len(prompts)
     assert [one.greedy for one in likelihoods(llm.model, asked)] == expected
 
 
-@pytest.mark.parametrize("length", [150, 200, 400])
+@pytest.mark.parametrize("length", [300, 350, 500])
 def test_haystacks_fill_their_length(llm: LLM, length: int) -> None:
     vocabulary = llm.tokenizer
     for trial in range(4):
         asked = questions(vocabulary, length, trial)
-        assert [one.continuation for one in asked] == [asked[0].continuation] * len(DEPTHS)
         sizes = {len(one.prompt) + len(one.continuation) for one in asked}
-        assert length - 150 < min(sizes) <= max(sizes) <= length  # less a sentence of these short tokens
+        assert length - 170 < min(sizes) <= max(sizes) <= length  # less a sentence of these short tokens
         places = []
         for one in asked:
-            text = vocabulary.decode(list(one.prompt[1:]))
-            haystack, _, question = text.rpartition("\n")
+            haystack, _, question = vocabulary.decode(list(one.prompt[1:])).rpartition("\n")
             answer = vocabulary.decode(list(one.continuation))
             assert haystack.count(question + answer) == 1
-            assert [*one.prompt, *one.continuation] == [vocabulary.bos_id, *vocabulary.encode(text + answer)]
-            places.append(haystack.index(question))
+            whole = vocabulary.encode(f"{haystack}\n{question}{answer}")
+            assert [*one.prompt, *one.continuation] == [vocabulary.bos_id, *whole]
+            places.append(haystack.index(question + answer))
         assert places == sorted(places)
         assert places[0] == 0
     assert asked != questions(vocabulary, length, 3, seed=1)
     with pytest.raises(BadInput, match="do not fit"):
-        questions(vocabulary, 40, 0)
+        questions(vocabulary, 100, 0)
 
 
 def test_the_grid_counts_by_length_and_depth(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against one question after the other, with answers such that some are right."""
-    grid = search(llm.model, llm.tokenizer, (150, 220), trials=5, seed=3)
+    grid = search(llm.model, llm.tokenizer, (320, 400), trials=5, seed=3)
     slow = [[0] * len(DEPTHS) for _ in grid.lengths]
     for row, length in zip(slow, grid.lengths, strict=True):
         for trial in range(5):
@@ -364,8 +375,9 @@ def test_the_grid_counts_by_length_and_depth(llm: LLM, monkeypatch: pytest.Monke
 
 def test_hay_may_be_any_text(llm: LLM) -> None:
     straw = straw_of(["A fox slept. It woke!", "Rain came."])
-    text = llm.tokenizer.decode(list(questions(llm.tokenizer, 200, 0, straw=straw)[0].prompt))
-    assert "Rain came. A fox slept. It woke!" in text
+    text = llm.tokenizer.decode(list(questions(llm.tokenizer, 350, 0, straw=straw)[0].prompt))
+    assert "Rain came. A fox slept." in text
+    assert "A fox slept. It woke!" in text
     with pytest.raises(BadInput, match="no text to make haystacks of"):
         straw_of(["", " \n"])
 
@@ -401,7 +413,7 @@ def test_the_verb_keeps_grid_curve_and_pictures(
     long_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "eval"
-    told = ["--tasks", "needle,positions", "--lengths", "110,128", "--limit", "2"]
+    told = ["--tasks", "needle,positions", "--lengths", "320,400", "--limit", "2"]
     with pytest.raises(SystemExit) as ended:
         main(["eval", str(long_run), *told, "--out", str(out), "--json"])
     assert ended.value.code == 0
@@ -415,7 +427,7 @@ def test_the_verb_keeps_grid_curve_and_pictures(
     with pytest.raises(SystemExit):
         main(["eval", str(long_run), *told])
     printed = capsys.readouterr().out
-    assert "128 tokens:" in printed
+    assert "400 tokens:" in printed
     assert "tokens 64 to 127: bpb" in printed
     page = report([long_run], tmp_path).read_text()
     assert "needle" in page

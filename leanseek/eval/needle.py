@@ -1,6 +1,7 @@
 """Needle in a haystack (report §4.3, figure 8): what was said long ago is asked for, over length and depth.
 
-Of each trial there is one haystack, with a needle at one depth after the other; what comes before it is read once.
+A haystack holds a needle at each depth, every one of another kind, and each is asked for by itself: the others are in
+its way. What their questions have in common, which is the haystack, is read once.
 
 An answer is right when each of its tokens is the likeliest behind all before it. That is greedy decoding's exact match
 without decoding: if the first i tokens were written, the next one written is the likeliest behind them.
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from leanseek.config import BadInput
-from leanseek.data.needles import buried, hay, record
+from leanseek.data.needles import buried, hay, records
 from leanseek.data.storyworld import NEEDLES
 from leanseek.data.storyworld.questions import sentences
 from leanseek.data.tokenizer import Tokenizer
@@ -73,12 +74,12 @@ def search(
     """Haystack, question and answer together have at most `length` tokens, less than a sentence below it.
 
     straw: what haystacks are made of; the storyworld's sentences unless given. progress: is told of tokens done with.
-    Raises BadInput for a length into which a needle does not fit.
+    Raises BadInput for a length into which the needles do not fit.
     """
     right = []
     for length in lengths:
         found = [0] * len(DEPTHS)
-        at_once = max(1, CACHE_TOKENS // (length * len(DEPTHS)))
+        at_once = max(1, CACHE_TOKENS // length)
         for first in range(0, trials, at_once):
             some = range(first, min(first + at_once, trials))
             asked = [one for trial in some for one in questions(tokenizer, length, trial, seed, straw)]
@@ -102,30 +103,29 @@ def straw_of(texts: Sequence[str]) -> Straw:
 
 
 def questions(tokenizer: Tokenizer, length: int, trial: int, seed: int = 0, straw: Straw | None = None) -> list[Asked]:
-    """One haystack with one needle, at each depth in turn, and the question after it. Raises BadInput."""
+    """One haystack with a needle at each depth, and for each depth its question behind it. Raises BadInput."""
     rng = random.Random(f"needle:{seed}:{length}:{trial}")
-    question, answer = record(rng)
-    asked, answered = tokenizer.encode(question), tokenizer.encode(answer)
-    needle, room = f"{question}{answer}.", length - len(asked) - len(answered)
+    there = records(rng, len(DEPTHS))
+    needles = [(depth, f"{question}{answer}.") for depth, (question, answer) in zip(DEPTHS, there, strict=True)]
+    asked = [(tokenizer.encode(question), tokenizer.encode(answer)) for question, answer in there]
+    room = length - max(len(question) + len(answer) for question, answer in asked)
 
-    def read(parts: Sequence[str]) -> list[list[int]]:
+    def read(parts: Sequence[str]) -> list[int]:
         # A line break ends a token, whatever follows: the question may be encoded apart.
-        texts = [buried(parts, needle, depth) + "\n" for depth in DEPTHS]
-        return [[tokenizer.bos_id, *ids] for ids in tokenizer.encode_batch(texts)]
+        return [tokenizer.bos_id, *tokenizer.encode(buried(parts, needles) + "\n")]
 
     parts: list[str] = []
-    left = room - len(read(parts)[0])
+    left = room - len(read(parts))
     for sentence in hay(rng, NEEDLES) if straw is None else straw(rng):
         left -= len(tokenizer.encode(f" {sentence}"))
         if left < 0:
             break
         parts.append(sentence)
-    # A whole may have a token more than its parts.
-    while max(map(len, haystacks := read(parts))) > room:
+    while len(haystack := read(parts)) > room:  # a whole may have a few tokens more than its parts
         if not parts:
-            raise BadInput(f"--lengths {length}: a needle and its question do not fit: give larger ones")
+            raise BadInput(f"--lengths {length}: {len(DEPTHS)} needles and a question do not fit: give larger ones")
         parts.pop()
-    return [Asked((*haystack, *asked), tuple(answered)) for haystack in haystacks]
+    return [Asked((*haystack, *question), tuple(answer)) for question, answer in asked]
 
 
 def plot(grids: dict[str, Grid], file: Path) -> None:
