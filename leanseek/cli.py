@@ -135,6 +135,24 @@ def pretrain(
 
 
 @app.command()
+def extend(
+    run: Run,
+    data: Annotated[Path, typer.Option(metavar="DATA", help="A folder made by prepare, with long documents.")],
+    out: Annotated[Path, typer.Option(metavar="RUN2", help="The run that reads more; the same command again resumes.")],
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Tokens of each stage; 8 and 32 times the context unless told.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.tokens=2e6.")
+    ] = None,
+) -> None:
+    """Stretch a run's context by YaRN, in stages; the same command again goes on where it stopped."""
+    from leanseek.train.extend import extend as run_extend
+
+    _print_receipt(run_extend(run, data, out, _numbers(lengths, "--lengths"), overrides or []))
+
+
+@app.command()
 def sft(
     run: Run,
     data: Annotated[
@@ -157,9 +175,17 @@ def sft(
 @app.command("eval")
 def evaluate(
     run: Run,
-    tasks: Annotated[str | None, typer.Option(help="Tasks, separated by commas; bpb unless there is a --task.")] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="bpb, positions, needle, with commas between; bpb unless there is a --task.")
+    ] = None,
     text: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Score this .txt or .jsonl text; else the validation split.")
+    ] = None,
+    context: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens of a window, for bpb and positions; as trained unless told.")
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(metavar="N,M", help="Tokens of needle's haystacks; --limit of each, else 100.")
     ] = None,
     task: Annotated[
         list[Path] | None, typer.Option(metavar="TASK.jsonl", help="A file of questions; may be given more than once.")
@@ -192,7 +218,8 @@ def evaluate(
 
     settings = Settings(shots, samples, temperature, top_p, max_tokens, limit, seed, write, raw)
     named = tasks.split(",") if tasks is not None else [] if task else ["bpb"]
-    results = run_evaluate(run, named, text, task or (), examples, settings, out, ema)
+    sizes = _numbers(lengths, "--lengths")
+    results = run_evaluate(run, named, text, task or (), examples, settings, out, ema, context, sizes)
     if as_json:
         print(json.dumps(results["bpb"] if list(results) == ["bpb"] else results))  # one task: its own object
         return
@@ -200,6 +227,13 @@ def evaluate(
         if name == "bpb":
             print(f"bpb {result['bpb']:.4f} on {result['bytes']:,} bytes, {result['tokens']:,} tokens")
             continue
+        if name == "positions":
+            for first, after, bpb in zip(result["edges"], result["edges"][1:], result["by_position"], strict=False):
+                print(f"tokens {first:,} to {after - 1:,}: bpb {bpb:.4f}")
+            continue
+        if name == "needle":
+            for length, found in zip(result["lengths"], result["found"], strict=True):
+                print(f"{length:,} tokens: " + " ".join(f"{share:4.0%}" for share in found))
         beside = [
             f"{key} {result[key]:.4f}"
             for key in result
@@ -488,6 +522,14 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 def _speaks() -> bool:
     """Whether this process tells the outcome: of those that torchrun starts for one command, the first."""
     return os.environ.get("RANK", "0") == "0"
+
+
+def _numbers(text: str | None, option: str) -> list[int]:
+    """Whole numbers with commas between; none where nothing was given. Raises BadInput."""
+    try:
+        return [int(part) for part in text.split(",")] if text is not None else []
+    except ValueError:
+        raise BadInput(f"{option} {text!r}: write whole numbers with commas between, for example 1024,4096") from None
 
 
 def _print_receipt(receipt: dict[str, Any]) -> None:

@@ -14,9 +14,11 @@ import zstandard
 
 from leanseek.config import BadInput
 from leanseek.data.clean import ESCAPED, decode_utf8, repair_utf8, too_damaged
+from leanseek.data.needles import needle_texts
 from leanseek.data.storyworld import MADE, PRETRAINING
 
 SUFFIX = re.compile(r"(\.txt|\.md|\.py|\.rst|\.jsonl|\.parquet)((?<!parquet)(\.gz|\.zst))?$", re.IGNORECASE)
+NEEDLES = re.compile(r"needles-(?:([1-9]\d{0,8})-)?([1-9]\d{0,8})")  # characters of a text, at least and at most
 READ = 1 << 20  # bytes read, and of rows handed to a worker, at a time
 LONGEST_LINE = 16 << 20  # bytes; a longer one is passed over, so that no single record fills the memory
 LONGEST_TEXT = 8 << 20  # bytes of a text file that is one document; a longer one is cut into pieces of a megabyte
@@ -30,7 +32,7 @@ class Source:
     files: tuple[Path, ...] = ()
     hub: str = ""
     folder: bool = False
-    made: str = ""  # which of storyworld.MADE
+    made: str = ""  # which of storyworld.MADE, or needles-A-B
     made_bytes: int = 0
 
     @property
@@ -118,7 +120,7 @@ def find_source(text: str) -> Source:
         hub = rest.removeprefix("hf:")
         return Source(name or hub.rpartition("/")[2], hub=hub)
     made, colon, size = rest.partition(":")
-    if colon and made in MADE:
+    if colon and (made in MADE or NEEDLES.fullmatch(made)):
         return Source(name or made, made=made, made_bytes=_size(size, rest))
     path = Path(rest)
     if path.is_dir():
@@ -139,6 +141,14 @@ def find_source(text: str) -> Source:
     if path.stat().st_size == 0:
         raise BadInput(f"{path}: the file is empty")
     return Source(name or SUFFIX.sub("", path.name), (path,))
+
+
+def _made(name: str, number: int, size: int) -> Iterator[str]:
+    """Batch `number` of what is made up under this name."""
+    if needles := NEEDLES.fullmatch(name):
+        longest = int(needles[2])
+        return needle_texts(PRETRAINING, number, size, int(needles[1]) if needles[1] else longest / 8, longest)
+    return MADE[name](PRETRAINING, number, size)
 
 
 def strings_of(source: Source) -> Iterator[str]:
@@ -322,7 +332,7 @@ def parse(batch: Batch) -> Records:
     offset = batch.offset
     rows = batch.rows
     if batch.kind == "made":
-        rows = [text for number, size in rows for text in MADE[batch.where](PRETRAINING, number, size)]
+        rows = [text for number, size in rows for text in _made(batch.where, number, size)]
     for number, row in enumerate(rows, batch.first):
         where = batch.where if batch.kind == "text" or number == 0 else f"{batch.where} line {number}"
         if batch.kind == "passed over":

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from leanseek.checkpoint import chats, check_run, data_of, read_run, write_json
 from leanseek.config import BadInput, Config, nearest
@@ -17,15 +19,19 @@ from leanseek.data.chats import fingerprint_of, longest_of, open_chats
 from leanseek.data.read import read_texts
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
+from leanseek.eval import needle, positions
 from leanseek.eval.ask import Settings, ask, tell, warnings
 from leanseek.eval.bpb import BPB, Window, answers_bits_per_byte, answers_of, bits_per_byte, windows_of
+from leanseek.eval.needle import Grid, search, straw_of
+from leanseek.eval.positions import by_position
 from leanseek.eval.records import fingerprint
 from leanseek.eval.standing import Standing, standing
 from leanseek.eval.tasks import Task, read_task
 from leanseek.serve.llm import LLM
 
-TASKS = ("bpb",)
+TASKS = ("bpb", "needle", "positions")
 AS_IT_IS = Settings()
+SHORTEST = 128  # tokens of a haystack, where its length is not given
 LOOKED_AT = 256  # documents from whose beginning the standing columns are taken
 
 Documents = Iterable[tuple[list[int] | NDArray[np.integer], int]]
@@ -40,8 +46,13 @@ def evaluate(
     settings: Settings = AS_IT_IS,
     out: Path | None = None,
     averaged: bool = False,
+    context: int | None = None,
+    lengths: Sequence[int] = (),
 ) -> dict[str, dict[str, Any]]:
     """Results by task: bpb → {"bpb", "bytes", "tokens"}, of a text file or else of the run's own validation split.
+
+    `context`: tokens of a window of bpb and positions, else as the run was trained. `lengths`: of needle's haystacks,
+    else that context and its halves; `settings.limit` haystacks of each.
 
     Of a run that was taught to chat, those are the answers in the chats it was not trained on. A task file, by its
     name → {"score", "stderr", "n", …}; the solved examples before its questions are its own, or those of `examples`.
@@ -56,6 +67,9 @@ def evaluate(
                 f"no task {task!r}{nearest(task, list(TASKS))}; there are: {', '.join(TASKS)}, and --task FILE"
             )
     config = read_run(run)
+    trained = config.stages[-1].sequence_length
+    if min([*lengths, 1 if context is None else context]) < 1:
+        raise BadInput("--context and --lengths are numbers of tokens, at least 1")
     asked = [read_task(file) for file in files]
     _told_apart(asked)
     pool = None if examples is None else read_task(examples)
@@ -67,10 +81,24 @@ def evaluate(
     folder = out or run / ("eval-ema" if averaged else "eval")
     results: dict[str, dict[str, Any]] = {}
     for task in tasks:
-        bpb, beside = _bits_per_byte(run, config, llm, text)
-        results[task] = asdict(bpb)
-        name = task if text is None else f"{task}-{Path(text).name.partition('.')[0]}"
-        _keep(folder, name, results[task] | asdict(beside))
+        name = task if context is None or task == "needle" else f"{task}-{context}"
+        name = name if text is None else f"{name}-{Path(text).name.partition('.')[0]}"
+        match task:
+            case "bpb":
+                bpb, beside = _bits_per_byte(run, config, llm, text, context or trained)
+                results[task] = asdict(bpb)
+                _keep(folder, name, asdict(bpb) | asdict(beside))
+            case "positions":
+                texts = _texts(run, config, llm.tokenizer, text)
+                curve = by_position(llm.model, llm.tokenizer, texts, context or trained)
+                results[task] = asdict(curve)
+                _keep(folder, name, results[task])
+                positions.plot({run.name: curve}, trained, folder / f"{name}.png")
+            case "needle":
+                grid = _needle(llm, lengths or _halves(trained), settings, text)
+                results[task] = grid.results()
+                _keep(folder, name, results[task])
+                needle.plot({run.name: grid}, folder / f"{name}.png")
     weights = weights_of(run)
     for task_file in asked:
         result = ask(llm, task_file, settings, folder, weights, chats(run), None if pool is None else pool.items)
@@ -109,16 +137,36 @@ def _told_apart(asked: Sequence[Task]) -> None:
         raise BadInput(f"two tasks are named {twice!r}: rename a file, for its name is the task's")
 
 
-def _bits_per_byte(run: Path, config: Config, llm: LLM, text: Path | str | None) -> tuple[BPB, Standing]:
+def _bits_per_byte(run: Path, config: Config, llm: LLM, text: Path | str | None, context: int) -> tuple[BPB, Standing]:
     if text is None and chats(run):
         return _answers(run, config, llm)
-    documents = _validation(run, config, llm.tokenizer) if text is None else _documents(Path(text), llm.tokenizer)
-    length, bos = config.stages[-1].sequence_length, llm.tokenizer.bos_id
-    rest = iter(documents)
+    bos, rest = llm.tokenizer.bos_id, iter(_texts(run, config, llm.tokenizer, text))
     some = list(islice(rest, LOOKED_AT))
-    bpb = bits_per_byte(llm.model, chain(some, rest), length, bos)
-    windows: Iterator[Window] = (one for ids, _ in some for one in windows_of(np.asarray(ids, np.int64), length, bos))
+    bpb = bits_per_byte(llm.model, chain(some, rest), context, bos)
+    windows: Iterator[Window] = (one for ids, _ in some for one in windows_of(np.asarray(ids, np.int64), context, bos))
     return bpb, standing(llm.model, windows)
+
+
+def _needle(llm: LLM, lengths: Sequence[int], settings: Settings, text: Path | str | None) -> Grid:
+    """With haystacks of the storyworld, or of the sentences of a text file."""
+    straw = None if text is None else straw_of([each for each, _ in read_texts(Path(text), tell)])
+    trials = settings.limit or needle.TRIALS
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as bar:
+        shown = bar.add_task("needle", total=sum(lengths) * trials)
+        return search(
+            llm.model, llm.tokenizer, lengths, trials, settings.seed, straw, lambda tokens: bar.advance(shown, tokens)
+        )
+
+
+def _halves(context: int) -> list[int]:
+    """A context, and what is left of it after halving it up to four times, the shortest first."""
+    return [context >> i for i in range(4, -1, -1) if context >> i >= SHORTEST or i == 0]
+
+
+def _texts(run: Path, config: Config, tokenizer: Tokenizer, text: Path | str | None) -> Documents:
+    """The documents of a text file, or of the run's own validation split."""
+    return _validation(run, config, tokenizer) if text is None else _documents(Path(text), tokenizer)
 
 
 def _answers(run: Path, config: Config, llm: LLM) -> tuple[BPB, Standing]:

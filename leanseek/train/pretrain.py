@@ -34,7 +34,7 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
         lead(lambda: held.enter_context(checkpoint.lock(run)), everyone)
         given = config, data.fingerprint, data.tokenizer_folder, data_folder
         config = lead(lambda: take_up(run, *given, ranks=world), everyone)
-        return _train(config, data, tokenizer, run, ranks_of(config))
+        return train_on(config, data, tokenizer, run, ranks_of(config))
 
 
 def _opened(folder: Path) -> tuple[Data, Tokenizer]:
@@ -51,8 +51,18 @@ def assemble(
     return model, optimizers, loader, pipeline
 
 
-def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path, ranks: Ranks) -> dict[str, Any]:
+def train_on(
+    config: Config,
+    data: Data,
+    tokenizer: Tokenizer,
+    run: Path,
+    ranks: Ranks,
+    begin: checkpoint.Checkpoint | None = None,
+) -> dict[str, Any]:
+    """Trains RUN, which is locked, from where it stopped, else from the weights of `begin`, else from scratch."""
     model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks)
+    if begin is not None:  # weights and routing bias: the optimizers begin anew
+        checkpoint.load_model_weights(begin.model, model, ranks=ranks)
     scorer = model if pipeline is None else pipeline.nats
     documents = validation_documents(data, config.train.eval_tokens)
 

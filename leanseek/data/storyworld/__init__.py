@@ -20,6 +20,7 @@ from leanseek.data.storyworld.words import pick
 __all__ = [
     "CHATS",
     "MADE",
+    "NEEDLES",
     "PRETRAINING",
     "QUESTIONS",
     "Fact",
@@ -33,7 +34,7 @@ __all__ = [
 ]
 
 # Seeds of what is trained on and of what is asked afterwards: no two share a story.
-PRETRAINING, CHATS, QUESTIONS = range(3)
+PRETRAINING, CHATS, QUESTIONS, NEEDLES = range(4)
 GATHERINGS = 0.4  # share of the documents
 BATCH = 10_000  # story numbers per batch: no two batches share one
 SHORTEST, LONGEST, FEWEST_FACTS = 5, 25, 3
