@@ -280,13 +280,15 @@ class Saver:
     ) -> None:
         """As the function `save`."""
         self.wait()
-        own = parts(model, self.ranks)
-        tensors, described = _optimizer_state(model, optimizers, own, self.ranks)
-        folders = {"model": gathered(model.state_dict(), own, self.ranks), "optimizer": tensors}
+        own, beside = parts(model, self.ranks), self.thread is not None
+        moments, parts_of_moments, described = _optimizer_state(model, optimizers, own)
+        folders = {
+            "model": gathered(model.state_dict(), own, self.ranks, copied=beside),
+            "optimizer": gathered(moments, parts_of_moments, self.ranks, copied=beside),
+        }
         if average is not None:
-            folders["ema"] = gathered(average, own, self.ranks)
-        if self.thread is not None:  # whatever was not put together is still the training's own memory
-            folders = {name: {key: value.clone() for key, value in all_.items()} for name, all_ in folders.items()}
+            folders["ema"] = gathered(average, own, self.ranks, copied=beside)
+        described = _joined_stages(self.ranks.told(described, "pp"))
         content = _Content(step, folders, {"optimizer/groups.json": _json(described), "state.json": _json(state)})
         if self.thread is None:
             _write(self.run, content, self.keep, self.ranks)
@@ -437,9 +439,9 @@ def load_shares(folder: Path, model: nn.Module, rank: int, ways: int) -> None:
 
 
 def _optimizer_state(
-    model: nn.Module, optimizers: list[Optimizer], own: dict[str, Part], ranks: Ranks
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """The whole tensors of the state that this rank writes, and the rest of it, of all stages, for JSON."""
+    model: nn.Module, optimizers: list[Optimizer], own: dict[str, Part]
+) -> tuple[dict[str, Tensor], dict[str, Part], list[dict[str, Any]]]:
+    """The tensors of the state, which part of them this rank has, and the rest of it for JSON."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     tensors: dict[str, Tensor] = {}
     parts_of: dict[str, Part] = {}
@@ -460,7 +462,7 @@ def _optimizer_state(
                     alike = value.shape == parameter.shape
                     tensors[tensor], parts_of[tensor] = value, own[name] if alike else Part(0, 1, tuple(value.shape))
         described.append({"groups": groups, "state": state})
-    return gathered(tensors, parts_of, ranks), _joined_stages(ranks.told(described, "pp"))
+    return tensors, parts_of, described
 
 
 def _joined_stages(stages: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:

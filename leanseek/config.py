@@ -160,6 +160,11 @@ class TrainConfig(Section):
     ema_decay: float | None = Field(None, gt=0, lt=1)  # per step, of an average of the weights kept in CPU memory
     background_saves: bool = False  # a checkpoint is written beside the next steps
 
+    @field_validator("recompute", mode="before")
+    @classmethod
+    def _none_is_a_word_here(cls, value: Any) -> Any:
+        return "none" if value is None else value  # in `key=none` it says that there is no value
+
 
 class OptimizerConfig(Section):
     name: Literal["adamw", "muon"] = "adamw"

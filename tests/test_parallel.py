@@ -1,23 +1,31 @@
 """One process against many: whatever the mesh, a run computes what the plain model computes."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import leanseek.model.layers as layers
+import leanseek.parallel.apply as apply
+import leanseek.parallel.expert as expert
 import leanseek.train.step as step
 from leanseek.config import BadInput, Config, read_recipe
 from leanseek.data.loader import part_of
-from leanseek.model.moe import Router
+from leanseek.model.moe import MoE, Router
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE
+from leanseek.ops.routing import choose
 from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import Division, Ranks, divide, lead, ranks_of
 from leanseek.parallel.parts import gathered, parts
@@ -155,8 +163,19 @@ def rows_of(step: int, rows: int, packed: bool) -> list[Tensor | None]:
 Learnt = tuple[list[tuple[float, float, float, float]], list[list[list[int]]], dict[str, Any]]
 
 
-def learn(rank: int, world: int, overrides: tuple[str, ...], rows: int, packed: bool, dtype: torch.dtype) -> Learnt:
-    """A few steps: the losses of each, the tokens of each expert at each, and the weights, on the first rank."""
+def learn(
+    rank: int,
+    world: int,
+    overrides: tuple[str, ...],
+    rows: int,
+    packed: bool,
+    dtype: torch.dtype,
+    fault: str | None = None,
+) -> Learnt:
+    """A few steps: the losses of each, the tokens of each expert at each, and the weights that this rank gathers."""
+    if fault is not None:
+        with FAULTS[fault]():
+            return learn(rank, world, overrides, rows, packed, dtype)
     config = config_of(*overrides)
     ranks = ranks_of(config)
     model = parallelize(model_of(config, dtype), config, ranks)
@@ -218,17 +237,21 @@ def alone(overrides: tuple[str, ...], rows: int, packed: bool, dtype: torch.dtyp
     return learn(0, 1, plain, rows, packed, dtype)
 
 
+def together(many: list[Learnt]) -> Learnt:
+    """What the ranks of a run learnt: each weight is gathered on one of them."""
+    weights: dict[str, Any] = {}
+    for _, _, gathered_there in many:
+        assert not weights.keys() & gathered_there.keys()
+        weights |= gathered_there
+    return many[0][0], many[0][1], weights
+
+
 def held_against_one(
     pool: Pool, world: int, *overrides: str, rows: int = 7, packed: bool = False, dtype: torch.dtype = torch.float64
 ) -> None:
     many = pool.run(world, learn, overrides, rows, packed, dtype)
-    tolerance = (1e-10, 1e-8) if dtype == torch.float64 else (1e-4, 1e-3)
-    weights: dict[str, Any] = {}
-    for _, _, of_rank in many:
-        assert not weights.keys() & of_rank.keys()
-        weights |= of_rank
-    together = many[0][0], many[0][1], weights
-    assert differs(together, alone(overrides, rows, packed, dtype), *tolerance) is None
+    tolerance = (1e-10, 1e-8) if dtype == torch.float64 else (1e-3, 1e-2)
+    assert differs(together(many), alone(overrides, rows, packed, dtype), *tolerance) is None
     assert all(told == many[0][0] for told, _, _ in many[1:])  # every rank says the same
 
 
@@ -258,6 +281,7 @@ GRID: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "dp × ep, recomputed": (4, ("mesh.ep=2", "train.recompute=full", "train.micro_batch=2"), {"packed": True}),
     "dp × ep, in pieces": (4, (ADAMW, "mesh.ep=2", "mesh.most_load=1.01"), {}),
     "dp × ep, in pieces, recomputed": (4, (ADAMW, *TWO_HOPS, "mesh.most_load=1.01", "train.recompute=full"), {}),
+    "dp × ep in FP32": (4, ("mesh.ep=2", "optimizer.moments=bf16"), {"dtype": torch.float32}),
     "dp, Muon": (4, ("train.micro_batch=2",), {}),
     "dp 8, Muon": (8, ("optimizer.qk_clip=0.5",), {"rows": 9}),
 }
@@ -274,3 +298,318 @@ def test_many_ranks_compute_what_one_computes(pool: Pool, case: str) -> None:
 def test_the_grid(pool: Pool, case: str) -> None:
     world, overrides, more = GRID[case]
     held_against_one(pool, world, *overrides, **more)
+
+
+def local_load(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], float]:
+    """The bias from local load."""
+    return [router.load.clone() for router in routers], before_faults["load_of_all"](routers, ranks)[1]
+
+
+def local_counts(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
+    """A mean of means: every rank's share counts alike, however many targets it has."""
+    own = before_faults["valid_targets"](targets, segments, depths, Ranks())
+    return [count * ranks.division.dp for count in own]
+
+
+def unreversed(chosen: Tensor) -> expert.Fan:
+    """A permutation that combining does not turn back."""
+    fan = before_faults["fan_of"](chosen)
+    return expert.Fan(fan.source, torch.arange(len(fan.place)), fan.starts)
+
+
+def kept_nothing(operation: Any, args: Any) -> bool:
+    """Routing is recomputed like all else."""
+    return False
+
+
+before_faults: dict[str, Any] = {
+    "load_of_all": step.load_of_all,
+    "valid_targets": step.valid_targets,
+    "fan_of": expert.fan_of,
+}
+FAULTS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+    "bias from local load": lambda: patch.object(step, "load_of_all", local_load),
+    "mean of means": lambda: patch.object(step, "valid_targets", local_counts),
+    "unreversed permutation": lambda: patch.object(expert, "fan_of", unreversed),
+    "routing counted twice": lambda: patch.object(apply, "_routing_only", kept_nothing),
+    "gradients averaged over ranks": lambda: patch.object(FSDPModule, "set_gradient_divide_factor", lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_seen(pool: Pool, fault: str) -> None:
+    overrides = (ADAMW, "mesh.ep=2", "train.recompute=full")
+    many = pool.run(2, learn, overrides, 7, False, torch.float64, fault)
+    assert differs(together(many), alone(overrides, 7, False, torch.float64), 1e-10, 1e-8) is not None
+
+
+# ── what travels ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+TRAVELLERS = {"model.n_routed_experts": 16, "model.num_experts_per_tok": 3, "model.n_group": 4}
+D, K, E = 32, 3, 16
+
+
+def table_of(rank: int) -> Tensor:
+    """Three experts of each of a rank's tokens, of which it has 5 to 12."""
+    generator = torch.Generator().manual_seed(rank)
+    return torch.stack([torch.randperm(E, generator=generator)[:K] for _ in range(5 + rank)])
+
+
+def travel(rank: int, world: int, node: int) -> dict[tuple[str, str], int]:
+    """Sends this rank's tokens to their experts, which leave them as they are, and back; what left for other ranks."""
+    told = [f"{key}={value}" for key, value in TRAVELLERS.items()]
+    ranks = ranks_of(config_of(f"mesh.ep={world}", f"mesh.node={node}", *told))
+    traffic = expert.Traffic()
+    dispatcher = expert.ParallelDispatcher(E, ranks, traffic)
+    table = table_of(rank)
+    generator = torch.Generator().manual_seed(100 + rank)
+    x = torch.randn(len(table), D, dtype=torch.float64, generator=generator, requires_grad=True)
+    weights = torch.rand(table.shape, dtype=torch.float64, generator=generator, requires_grad=True)
+    dispatcher.beside = expert.Beside(weights)
+    rows, counts, way_back = dispatcher.dispatch(x, table)
+    expected = torch.bincount(torch.cat([table_of(other).flatten() for other in range(world)]), minlength=E)
+    assert counts.tolist() == expected[rank * E // world : (rank + 1) * E // world].tolist()
+    y = dispatcher.combine(rows, weights, way_back)
+    torch.testing.assert_close(y, x * weights.sum(dim=1, keepdim=True), rtol=0, atol=1e-12)
+    cotangent = torch.randn(y.shape, dtype=torch.float64, generator=generator)
+    y.backward(cotangent)
+    assert x.grad is not None
+    assert weights.grad is not None
+    torch.testing.assert_close(x.grad, cotangent * weights.sum(dim=1, keepdim=True), rtol=0, atol=1e-12)
+    along = (cotangent * x).sum(dim=1, keepdim=True).expand_as(weights)
+    torch.testing.assert_close(weights.grad, along, rtol=0, atol=1e-12)
+    return dict(traffic)
+
+
+def counted(world: int, node: int) -> list[dict[tuple[str, str], int]]:
+    """The same bytes by rank, token by token from the routing table alone."""
+    rows = [Counter[tuple[str, str]]() for _ in range(world)]  # (hop, "out" | "in") → rows to, or from, other ranks
+    here = E // world
+    for rank in range(world):
+        for chosen in table_of(rank).tolist():
+            homes = {e // here for e in chosen}
+            for machine in {home // node for home in homes}:
+                gate = machine * node + rank % node  # where the token enters the machine
+                if gate != rank:
+                    rows[rank]["node", "out"] += 1
+                    rows[gate]["node", "in"] += 1
+                for home in homes:
+                    if home // node == machine and home != gate:
+                        rows[gate]["local", "out"] += 1
+                        rows[home]["local", "in"] += 1
+    found = []
+    for of_rank in rows:
+        sent = {}
+        for hop in (["node"] if node < world else []) + (["local"] if node > 1 else []):
+            out, into = of_rank[hop, "out"], of_rank[hop, "in"]
+            sent |= {(hop, "routing"): out * K * 4, (hop, "weights"): (out + into) * K * 8}
+            sent |= {(hop, "tokens"): (out + into) * D * 8, (hop, "sums"): (out + into) * D * 8}
+        found.append(sent)
+    return found
+
+
+@pytest.mark.parametrize(("world", "node"), [(4, 1), (8, 2), (4, 4)])
+def test_bytes_sent_are_those_of_the_routing_table(pool: Pool, world: int, node: int) -> None:
+    assert pool.run(world, travel, node) == counted(world, node)
+
+
+def wishes(rank: int, world: int, limited: bool) -> int:
+    """The most copies of one token that leave this rank, where every token's eight best experts are in eight nodes."""
+    told = ("model.n_routed_experts=64", "model.num_experts_per_tok=8", "mesh.ep=8")
+    ranks = ranks_of(config_of(*told, "model.n_group=8", "model.topk_group=4"))
+    generator = torch.Generator().manual_seed(rank)
+    scores = torch.rand(20, 8, 8, generator=generator)
+    scores[:, :, 0] += 5  # one expert in each node stands out
+    experts = choose(scores.flatten(1), 8, 8 if limited else 1, 4, 2)
+    traffic = expert.Traffic()
+    dispatcher = expert.ParallelDispatcher(64, ranks, traffic)
+    most = 0
+    for token in experts:
+        traffic.clear()
+        dispatcher.beside = expert.Beside(torch.ones(1, 8))
+        dispatcher.dispatch(torch.ones(1, D), token[None])
+        most = max(most, traffic["node", "tokens"] // (D * 4))
+    return most
+
+
+def test_at_most_four_copies_leave_where_routing_is_limited_to_four_nodes(pool: Pool) -> None:
+    assert max(pool.run(8, wishes, True)) == 4
+    assert pool.run(8, wishes, False) == [7] * 8  # and one stays
+
+
+class Event:
+    def current_stream_wait(self) -> None:
+        pass
+
+
+class TwinBuffer:
+    """DeepEP's buffer on the CPU: what its `dispatch` and `combine` say that they do, by one hop of all-to-all."""
+
+    def __init__(self, ranks: Ranks, n_experts: int) -> None:
+        group = ranks.group("ep")
+        assert group is not None
+        self.group, self.here = group, n_experts // ranks.division.ep
+        self.first = ranks.place["ep"] * self.here
+
+    def get_dispatch_layout(self, topk_idx: Tensor, num_experts: int) -> tuple[None, None, None, Tensor, Event]:
+        return None, None, None, topk_idx // self.here, Event()
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        x: Tensor,
+        handle: expert.Hop | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None, None, expert.Hop, Event]:
+        if handle is not None:
+            return handle.start(x, "tokens").finish(), None, None, None, handle, Event()
+        assert is_token_in_rank is not None
+        assert topk_idx is not None
+        assert topk_weights is not None
+        hop = expert.hop_of(is_token_in_rank, self.group, "ep", expert.Traffic())
+        own = hop.start(topk_idx, "routing").finish() - self.first
+        own = own.masked_fill((own < 0) | (own >= self.here), -1)
+        weights = hop.start(topk_weights, "weights").finish()
+        return hop.start(x, "tokens").finish(), own, weights, None, hop, Event()
+
+    @torch.no_grad()
+    def combine(
+        self, x: Tensor, handle: expert.Hop, topk_weights: Tensor | None = None, **_: Any
+    ) -> tuple[Tensor, Tensor | None, Event]:
+        return handle.back(x), None if topk_weights is None else handle.back(topk_weights), Event()
+
+
+def through_deepep(rank: int, world: int, *given: Any) -> Learnt:
+    def buffer_of(ranks: Ranks, width: int) -> TwinBuffer:
+        return TwinBuffer(ranks, 8)
+
+    with patch.object(apply, "buffer_of", buffer_of):
+        return learn(rank, world, *given)
+
+
+def test_deepep_takes_the_place_of_the_hops(pool: Pool) -> None:
+    many = pool.run(2, through_deepep, (ADAMW, "mesh.ep=2"), 7, False, torch.float64)
+    # Its weights are FP32, as DeepEP's are.
+    assert differs(together(many), alone((ADAMW,), 7, False, torch.float64), 1e-6, 1e-4) is None
+
+
+def order_of_things(rank: int, world: int) -> list[str]:
+    """What happens when in a mixture that is spread over ranks: the tokens' way, and the shared experts."""
+    config = config_of("mesh.ep=2")
+    ranks = ranks_of(config)
+    moe = model_of(config, torch.float64).layers["1"].mlp
+    assert isinstance(moe, MoE)
+    expert.spread_experts(moe, expert.ParallelDispatcher(8, ranks, expert.Traffic()), ranks, None)
+    seen: list[str] = []
+    exchange, wait, swiglu = expert.Hop.exchange, expert._await, layers.swiglu
+
+    def exchanges(hop: expert.Hop, rows: Tensor, what: str, backwards: bool) -> Tensor:
+        seen.append(f"{what} set out")
+        return exchange(hop, rows, what, backwards)
+
+    def waits(under_way: Tensor) -> Tensor:
+        if under_way.dim() == 2 and under_way.shape[1] == D:
+            seen.append("awaited")
+        return wait(under_way)
+
+    def computes(gate_up: Tensor) -> Tensor:
+        seen.append("shared")
+        gate_up.register_hook(lambda grad: seen.append("shared"))
+        return swiglu(gate_up)
+
+    x = torch.randn(2, 8, D, dtype=torch.float64, requires_grad=True)
+    with (
+        patch.object(expert.Hop, "exchange", exchanges),
+        patch.object(expert, "_await", waits),
+        patch.object(layers, "swiglu", computes),
+    ):
+        moe(x).sum().backward()
+    return [what for what in seen if not what.startswith(("routing", "weights"))]
+
+
+def test_shared_experts_are_computed_while_tokens_travel(pool: Pool) -> None:
+    forward = ["tokens set out", "shared", "awaited", "sums set out", "awaited"]
+    backward = ["sums set out", "awaited", "tokens set out", "shared", "awaited"]
+    assert pool.run(2, order_of_things) == [forward + backward] * 2
+
+
+def overload(rank: int, world: int, most_load: str) -> tuple[int, int]:
+    """Routing of which one rank is sent all: the most rows that the experts here computed at once, and in all."""
+    config = config_of("mesh.ep=2", "model.n_group=1", "model.topk_group=1", *([most_load] if most_load else []))
+    ranks = ranks_of(config)
+    model = model_of(config, torch.float64)
+    for router in model.routers().values():
+        assert router.e_score_correction_bias is not None
+        router.e_score_correction_bias[:4] += 10
+    rows: list[int] = []
+    dispatch = expert.ParallelDispatcher.dispatch
+
+    def watched(*args: Any) -> Any:
+        result = dispatch(*args)
+        rows.append(result[0].shape[0])
+        return result
+
+    with patch.object(expert.ParallelDispatcher, "dispatch", watched):
+        parallelize(model, config, ranks)
+        ids, *_ = rows_of(0, 4, packed=False)
+        assert ids is not None
+        model(ids, torch.arange(16).expand_as(ids))
+    return max(rows), sum(rows)
+
+
+def test_an_overloaded_rank_takes_the_tokens_in_pieces(pool: Pool) -> None:
+    (most, everything), (none, _) = pool.run(2, overload, "")
+    assert none == 0
+    (at_once, as_many), _ = pool.run(2, overload, "mesh.most_load=1.01")
+    assert as_many == everything
+    assert at_once <= most / 2
+
+
+# ── recomputation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Products(TorchDispatchMode):
+    """Counts matrix products by the shape of their second factor, and routings."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[Any] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.ops.aten.mm.default:
+            self.counts[tuple(args[1].shape)] += 1
+        elif func == torch.ops.leanseek.route.default:
+            self.counts["route"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def recomputed(what: str) -> tuple[dict[str, Tensor], list[list[int]], Counter[Any]]:
+    config = config_of(f"train.recompute={what}", "model.q_lora_rank=20")
+    model = parallelize(model_of(config, torch.float64), config, Ranks())
+    model.train()
+    ids, targets, *_ = rows_of(0, 4, packed=False)
+    assert ids is not None
+    assert targets is not None
+    with Products() as products:
+        sum(step.loss_sums(model, ids, targets)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, [router.load.tolist() for router in model.routers().values()], products.counts
+
+
+def test_recomputation_changes_no_bit_and_counts_once() -> None:
+    gradients, loads, products = recomputed("none")
+    blocks = 4  # three layers and the MTP module's
+    up = {(20, 32), (16, 48)}  # q_b_proj and kv_b_proj
+    for what in ("selective", "full"):
+        again, counted_loads, more = recomputed(what)
+        assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
+        assert counted_loads == loads
+        assert more["route"] == products["route"]
+        grown = {shape: more[shape] - products[shape] for shape in more if more[shape] != products[shape]}
+        if what == "selective":
+            assert grown == dict.fromkeys(up, blocks)
+        else:
+            assert up < grown.keys()

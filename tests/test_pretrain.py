@@ -312,8 +312,10 @@ def test_a_checkpoint_that_forgot_something_would_be_noticed(
     pretrain(config_of("train.max_steps=7"), data, run)
     load = checkpoint.load
 
-    def forgetful(found: checkpoint.Checkpoint, model: torch.nn.Module, optimizers: list[Any]) -> dict[str, Any]:
-        state = load(found, model, optimizers)
+    def forgetful(
+        found: checkpoint.Checkpoint, model: torch.nn.Module, optimizers: list[Any], *more: Any
+    ) -> dict[str, Any]:
+        state = load(found, model, optimizers, *more)
         if forget is not None:
             forget(state, model, optimizers)
         return state

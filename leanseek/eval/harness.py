@@ -45,8 +45,9 @@ def evaluate(
 
     Of a run that was taught to chat, those are the answers in the chats it was not trained on. A task file, by its
     name → {"score", "stderr", "n", …}; the solved examples before its questions are its own, or those of `examples`.
-    All results are kept in RUN/eval, or `out`, where `report` finds them; what was answered before is not asked again.
-    Of `averaged` weights they are kept in RUN/eval-ema. Raises BadInput for an unknown task, a RUN that cannot be loaded, and files that cannot be read.
+    All results are kept in RUN/eval, or `out`, where `report` finds them, those of `averaged` weights in RUN/eval-ema;
+    what was answered before is not asked again. Raises BadInput for an unknown task, a RUN that cannot be loaded, and
+    files that cannot be read.
     """
     run = Path(run)
     for task in tasks:

@@ -32,7 +32,8 @@ from leanseek.model.mla import MLA
 from leanseek.model.moe import Experts, MoE
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.context import cut_rows
-from leanseek.parallel.expert import Traffic, spread_experts
+from leanseek.parallel.deepep import DeepEPDispatcher, buffer_of
+from leanseek.parallel.expert import ParallelDispatcher, Traffic, spread_experts
 from leanseek.parallel.mesh import Ranks
 from leanseek.parallel.tensor import cut_matrices
 
@@ -44,10 +45,11 @@ def parallelize(model: Transformer, config: Config, ranks: Ranks) -> Transformer
     if (rows := ranks.group("cp")) is not None:
         cut_rows(model, rows)
     if ranks.division.ep > 1:
-        traffic = Traffic()
-        for module in list(model.modules()):
-            if isinstance(module, MoE):
-                spread_experts(module, ranks, traffic, config.mesh.most_load)
+        traffic, buffer = Traffic(), buffer_of(ranks, config.model.hidden_size)
+        for moe in [module for module in model.modules() if isinstance(module, MoE)]:
+            given = config.model.n_routed_experts, ranks, traffic
+            dispatcher = ParallelDispatcher(*given) if buffer is None else DeepEPDispatcher(*given, buffer)
+            spread_experts(moe, dispatcher, ranks, config.mesh.most_load)
     recompute(model, config.train.recompute)
     _share_states(model, config, ranks)
     return model
@@ -145,7 +147,7 @@ def _as_v3(up: set[tuple[int, ...]], operation: Any, args: tuple[Any, ...]) -> b
 
 
 def _up_projections(attention: MLA) -> set[tuple[int, ...]]:
-    """The shapes [in, out] by which MLA's up-projections are told from other products."""
+    """The shapes [in, out] by which MLA's up-projections are told from other products; one like them is redone too."""
     up = [attention.kv_b_proj, *([attention.q_b_proj] if attention.compresses_queries else [])]
     return {(linear.weight.shape[1], linear.weight.shape[0]) for linear in up}
 

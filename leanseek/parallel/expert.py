@@ -210,15 +210,24 @@ def _await(under_way: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class WayBack:
-    hops: list[Hop]
+    way: Any  # how the tokens came
     fan: Fan  # from the tokens that arrived to rows sorted by expert
-    mine: Tensor  # [M, K] bool: which of their choices are experts of this rank
+    weights: Tensor  # [C] of the choices that are experts of this rank, token by token
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What goes with the tokens of one call, and what is computed while they travel."""
+
+    weights: Tensor  # [N, K]
+    compute: Callable[[], None] = lambda: None
 
 
 class ParallelDispatcher:
     """`dispatch` and `combine` of `model.moe`, where the experts are spread over the ranks of ep.
 
-    `meanwhile`, where it is set, is computed while the tokens are under way.
+    `beside` is set for each call. How tokens travel is `there` and `back`: here by hops of all-to-all, in
+    `parallel.deepep` by DeepEP's kernels.
     """
 
     def __init__(self, n_experts: int, ranks: Ranks, traffic: Traffic) -> None:
@@ -228,33 +237,43 @@ class ParallelDispatcher:
         self.first = ranks.place["ep"] * self.here
         self.local = division.local
         self.groups = {axis: group for axis in ("node", "local") if (group := ranks.group(axis)) is not None}
-        self.meanwhile: Callable[[], None] | None = None
+        self.beside: Beside | None = None
 
     def dispatch(self, x: Tensor, experts: Tensor) -> tuple[Tensor, Tensor, WayBack]:
         """x [N, D], experts [N, K] → rows [P, D] of this rank's experts, sorted by expert, and counts [E ÷ EP]."""
-        hops: list[Hop] = []
-        for axis, group in self.groups.items():
-            hop = hop_of(self._part(experts, axis), group, axis, self.traffic)
-            routing, under_way = hop.start(experts.int(), "routing"), hop.start(x, "tokens")
-            if self.meanwhile is not None and not hops:
-                self.meanwhile()
-            experts, x = routing.finish().long(), under_way.finish()
-            hops.append(hop)
-        mine = (experts >= self.first) & (experts < self.first + self.here)
-        token = mine.nonzero()[:, 0]
-        chosen = experts[mine] - self.first  # [C] choices of this rank's experts, token by token
+        assert self.beside is not None
+        x, own, weights, way = self.there(x, experts, self.beside)
+        mine = own >= 0
+        chosen, token = own[mine], mine.nonzero()[:, 0]  # [C] choices of this rank's experts, token by token
         layout = lay_out(chosen[:, None], self.here, wants_padding(x, len(chosen), self.here))
         source = token[layout.source] if len(token) else token
         per_token = mine.sum(dim=1)
         fan = Fan(source, layout.place[:, 0], per_token.cumsum(0) - per_token)
-        return copies(x, fan), layout.counts, WayBack(hops, fan, mine)
+        return copies(x, fan), layout.counts, WayBack(way, fan, weights[mine])
 
     def combine(self, rows: Tensor, weights: Tensor, way_back: WayBack) -> Tensor:
-        """rows [P, D], weights [N, K] → weighted sums [N, D]."""
-        for hop in way_back.hops:
-            weights = hop.start(weights, "weights").finish()
-        y = sums(rows, way_back.fan, weights[way_back.mine])
-        for hop in reversed(way_back.hops):
+        """rows [P, D] → weighted sums [N, D]; the weights [N, K] went ahead with the tokens."""
+        return self.back(sums(rows, way_back.fan, way_back.weights), way_back.way)
+
+    def there(self, x: Tensor, experts: Tensor, beside: Beside) -> tuple[Tensor, Tensor, Tensor, Any]:
+        """x [N, D], experts [N, K] → of the tokens that arrive: x [M, D]; which experts of this rank they chose, −1 for
+        those of others, [M, K]; their weights [M, K]; and their way."""
+        weights = beside.weights
+        hops: list[Hop] = []
+        for axis, group in self.groups.items():
+            hop = hop_of(self._part(experts, axis), group, axis, self.traffic)
+            flights = hop.start(experts.int(), "routing"), hop.start(weights, "weights"), hop.start(x, "tokens")
+            if not hops:
+                beside.compute()
+            experts, weights, x = (flight.finish() for flight in flights)
+            experts = experts.long()
+            hops.append(hop)
+        own = experts - self.first
+        return x, own.masked_fill((own < 0) | (own >= self.here), -1), weights, hops
+
+    def back(self, y: Tensor, way: Any) -> Tensor:
+        """y [M, D] of the tokens that arrived → their sums where they came from, [N, D]."""
+        for hop in reversed(way):
             y = hop.back(y)
         return y
 
@@ -267,34 +286,38 @@ class ParallelDispatcher:
         return torch.where(rank // self.local == own, rank % self.local, -1)
 
 
-def spread_experts(moe: MoE, ranks: Ranks, traffic: Traffic, most_load: float | None) -> None:
+def spread_experts(moe: MoE, dispatcher: ParallelDispatcher, ranks: Ranks, most_load: float | None) -> None:
     """Leaves this rank its part of the experts, and puts the way to the others in their dispatcher's place."""
-    division, experts = ranks.division, moe.experts
-    n_experts = experts.gate_up_proj.shape[0]
-    dispatcher = ParallelDispatcher(n_experts, ranks, traffic)
+    experts = moe.experts
     own = slice(dispatcher.first, dispatcher.first + dispatcher.here)
     for name, parameter in list(experts.named_parameters(recurse=False)):
         setattr(experts, name, torch.nn.Parameter(parameter.detach()[own].clone()))
     experts.dispatcher = dispatcher  # type: ignore[assignment]
-    limit = None if most_load is None else most_load / division.ep
+    limit = None if most_load is None else most_load / ranks.division.ep
+
+    def routed(x: Tensor, chosen: Tensor, weights: Tensor, compute: Callable[[], None] = lambda: None) -> Tensor:
+        dispatcher.beside = Beside(weights, compute)
+        result: Tensor = experts(x, chosen, weights)
+        dispatcher.beside = None
+        return result
 
     def forward(x: Tensor) -> Tensor:
         """As `MoE.forward`, with the shared experts computed while tokens travel."""
         chosen, weights = moe.gate(x)
         tokens, shared = x.flatten(0, 1), []
+
+        def compute_shared() -> None:
+            if moe.shared_experts is not None:
+                shared.append(moe.shared_experts(x))
+
         pieces = 1 if limit is None else _pieces(chosen, dispatcher, limit, ranks)
-        if pieces > 1:
-            parts = zip(*(tensor.tensor_split(pieces) for tensor in (tokens, chosen, weights)), strict=True)
-            routed = torch.cat([checkpoint(moe.experts, *part, use_reentrant=False) for part in parts])
-        elif moe.shared_experts is None:
-            routed = moe.experts(tokens, chosen, weights)
+        if pieces == 1:
+            y = routed(tokens, chosen, weights, compute_shared)
         else:
-            dispatcher.meanwhile = lambda: shared.append(moe.shared_experts(x))
-            routed = moe.experts(tokens, chosen, weights)
-            dispatcher.meanwhile = None
-        if moe.shared_experts is not None and not shared:
-            shared.append(moe.shared_experts(x))
-        return sum(shared, routed.view_as(x))
+            parts = zip(*(tensor.tensor_split(pieces) for tensor in (tokens, chosen, weights)), strict=True)
+            y = torch.cat([checkpoint(routed, *part, use_reentrant=False) for part in parts])
+            compute_shared()
+        return sum(shared, y.view_as(x))
 
     moe.forward = forward  # type: ignore[method-assign]
 

@@ -76,17 +76,17 @@ def norm_of(gradients: dict[str, Tensor], ranks: Ranks) -> Tensor:
     return ranks.total(ranks.total(own, "shard"), "pp").sqrt()
 
 
-def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -> dict[str, Tensor]:
+def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks, copied: bool = False) -> dict[str, Tensor]:
     """Whole tensors in CPU memory, each on one of the ranks that `write`; about equally many bytes on each.
 
-    Those that nobody shares may be the tensors themselves. All ranks call it, those of a `shard` group with the same
-    names in the same order.
+    Those that nobody shares may be the tensors themselves unless they shall be `copied`. All ranks call it, those of a
+    `shard` group with the same names in the same order.
     """
     if not ranks.writes:
         return {}
     group = ranks.group("shard")
     if group is None:
-        return {name: local(tensor).detach().cpu() for name, tensor in tensors.items()}
+        return {name: local(tensor).detach().to("cpu", copy=copied) for name, tensor in tensors.items()}
     here, members = dist.get_rank(group), dist.get_process_group_ranks(group)
     parts_of = ranks.told(own, "shard")
     sizes = [math.prod(own[name].shape) * tensor.element_size() for name, tensor in tensors.items()]
@@ -96,7 +96,7 @@ def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -> 
         mine = local(tensor).detach().cpu().contiguous()
         if own[name].whole:
             if owner[name] == here:
-                whole[name] = mine
+                whole[name] = mine.clone() if copied else mine
         elif owner[name] != here:
             if own[name].rows:
                 dist.send(mine, members[owner[name]])
