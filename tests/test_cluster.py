@@ -1,6 +1,8 @@
 """Rows cut over ranks, matrices cut over ranks: what they compute is what one process computes."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,10 +23,12 @@ from leanseek.parallel.tensor import joined
 from leanseek.plan.rows import v3_layout
 from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
+from leanseek.train.setup import take_up
 from tests import test_parallel
 from tests.pool import Pool
 from tests.runs import make_run, model_of, tokenizer
 from tests.test_parallel import ADAMW, Learnt, alone, config_of, differs, held_against_one, learn
+from tests.tiny import RECIPE, make_data
 
 # ── rows cut over ranks ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -188,6 +192,35 @@ def test_v2_and_v2_lite_lie_on_machines_of_eight() -> None:
 
 
 LAUNCH = Path(__file__).parent.parent / "launch"
+TOOLS = {  # Slurm on one machine: a task for each node, side by side
+    "scontrol": "#!/bin/sh\necho localhost\n",
+    "srun": '#!/bin/sh\nshift\nfor _ in $(seq "$SLURM_NNODES"); do "$@" & done\nwait\n',
+}
+
+
+@pytest.mark.slow
+def test_slurm_starts_two_nodes_that_train_together(tmp_path: Path) -> None:
+    for name, text in TOOLS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    of_slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "DEVICES": "1", "PORT": str(port)}
+    of_slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    of_slurm["SLURM_SUBMIT_DIR"] = str(LAUNCH.parent)
+    run, data = tmp_path / "run", make_data(tmp_path)
+    job = ["pretrain", str(RECIPE), "--data", str(data), "--out", str(run), "train.device=cpu", "train.max_steps=2"]
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), *job]
+    done = subprocess.run(script, env=os.environ | of_slurm, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks: dp 2" in done.stderr
+    assert json.loads((run / "receipt.json").read_text())["steps"] == 2
+
+
+def test_training_refuses_what_is_for_serving(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"mesh\.tp cuts weights for serving"):
+        take_up(tmp_path / "run", config_of("mesh.tp=2"), "", tmp_path, tmp_path)
 
 
 def test_kubernetes_asks_for_what_the_recipe_is_divided_over() -> None:
