@@ -20,8 +20,14 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${GRACE:-600}" # seconds from SIGTERM to 
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else processes find the addresses of those before the restart
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
+where=()
+if [ -n "$ADDRESS" ]; then # then it is also plain which machine keeps the meeting place
+    [ "${RENDEZVOUS%:*}" = "$ADDRESS" ] && host=true || host=false
+    where=(--local-addr "$ADDRESS" --rdzv-conf "is_host=$host")
+fi
+
 exec "$PYTHON" -m torch.distributed.run \
     --nnodes "$NODES" --nproc-per-node "$DEVICES" \
     --rdzv-backend c10d --rdzv-endpoint "$RENDEZVOUS" --rdzv-id "$JOB" \
-    --max-restarts "$RESTARTS" ${ADDRESS:+--local-addr "$ADDRESS"} \
+    --max-restarts "$RESTARTS" "${where[@]}" \
     -m leanseek "$@"

@@ -7,6 +7,7 @@
 #
 # Wants unshare, nsenter and ip; no root where user namespaces are allowed.
 set -euo pipefail
+export PYTHON="${PYTHON:-python}"
 here="$(cd "$(dirname "$0")/.." && pwd)"
 if [ -z "${INSIDE:-}" ]; then
     INSIDE=1 exec unshare --user --map-root-user --net "$0" "$@"
@@ -59,14 +60,24 @@ until ls -d "$out"/cut/checkpoints/step-*[1-9]* > /dev/null 2>&1; do sleep 0.1; 
 ip link set here down
 echo "cut, at $(ls "$out/cut/checkpoints" | tail -n 1)"
 seen "hangs for" "$out/here.log" "$out/there.log"
+seen "failed (exitcode" "$out/here.log" # the processes ended, and torchrun knows
 ip link set here up
 echo "mended"
 wait "$first" "$second"
 
 # ── the same weights ──────────────────────────────────────────────────────────────────────────────────────────────
 grep -h "hangs for\|goes on from" "$out/here.log" "$out/there.log"
-last="$(ls "$out/undisturbed/checkpoints" | tail -n 1)"
-for file in "$out/undisturbed/checkpoints/$last"/model/*.safetensors; do
-    cmp "$file" "$out/cut/checkpoints/$last/model/$(basename "$file")"
-done
-echo "the same weights, bit for bit, at $last"
+"$PYTHON" - "$out" << 'END'
+import sys
+from pathlib import Path
+from safetensors.torch import load_file
+
+def tensors(run):
+    last = max(Path(sys.argv[1], run, "checkpoints").glob("step-*"))
+    return {f"{f.parent.name} {n}": t for f in last.rglob("*.safetensors") for n, t in load_file(f).items()}, last.name
+
+(ours, step), (theirs, _) = tensors("cut"), tensors("undisturbed")
+assert ours.keys() == theirs.keys()
+different = [name for name in ours if not ours[name].equal(theirs[name])]
+sys.exit(f"different: {different}") if different else print(f"the same weights and optimizer states, bit for bit, at {step}")
+END

@@ -1,6 +1,8 @@
 """Rows cut over ranks, matrices cut over ranks: what they compute is what one process computes."""
 
 import json
+import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +16,21 @@ from torch import Tensor
 
 from leanseek.config import BadInput, read_recipe
 from leanseek.hub import export_release, import_release
+from leanseek.model.transformer import Transformer
 from leanseek.parallel import apply, context, tensor
-from leanseek.parallel.context import Context
+from leanseek.parallel.context import Context, pieces_of
 from leanseek.parallel.mesh import Division, divide, ranks_of
 from leanseek.parallel.tensor import joined
 from leanseek.plan.rows import v3_layout
 from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
+from leanseek.train.setup import take_up
+from leanseek.train.step import loss_sums
 from tests import test_parallel
 from tests.pool import Pool
 from tests.runs import make_run, model_of, tokenizer
 from tests.test_parallel import ADAMW, Learnt, alone, config_of, differs, held_against_one, learn
+from tests.tiny import RECIPE, make_data
 
 # ── rows cut over ranks ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -188,6 +194,57 @@ def test_v2_and_v2_lite_lie_on_machines_of_eight() -> None:
 
 
 LAUNCH = Path(__file__).parent.parent / "launch"
+TOOLS = {  # Slurm on one machine: a task for each node, side by side
+    "scontrol": "#!/bin/sh\necho localhost\n",
+    "srun": '#!/bin/sh\nshift\nfor _ in $(seq "$SLURM_NNODES"); do "$@" & done\nwait\n',
+}
+
+
+@pytest.mark.slow
+def test_slurm_starts_two_nodes_that_train_together(tmp_path: Path) -> None:
+    for name, text in TOOLS.items():
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    of_slurm = {"SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_JOB_NODELIST": "a", "DEVICES": "1", "PORT": str(port)}
+    of_slurm |= {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": sys.executable}
+    of_slurm["SLURM_SUBMIT_DIR"] = str(LAUNCH.parent)
+    run, data = tmp_path / "run", make_data(tmp_path)
+    job = ["pretrain", str(RECIPE), "--data", str(data), "--out", str(run), "train.device=cpu", "train.max_steps=2"]
+    script = ["bash", str(LAUNCH / "slurm.sbatch"), *job]
+    done = subprocess.run(script, env=os.environ | of_slurm, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks: dp 2" in done.stderr
+    assert json.loads((run / "receipt.json").read_text())["steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("mesh.tp=2",), r"mesh\.tp cuts weights for serving"),
+        (("mesh.cp=2", "mesh.pp=2"), r"mesh\.cp: the stages of a pipeline take whole rows"),
+    ],
+)
+def test_training_refuses_what_it_cannot_do(tmp_path: Path, overrides: tuple[str, ...], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        take_up(tmp_path / "run", config_of(*overrides), "", tmp_path, tmp_path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_what_cannot_be_cut_is_said_in_a_line() -> None:
+    assert pieces_of(16, 1, 2).tolist() == [4, 5, 6, 7, 8, 9, 10, 11]
+    assert pieces_of(16, 0, 2).tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    with pytest.raises(BadInput, match=r"mesh\.cp 3: rows of 16 tokens are not cut evenly into 6 pieces"):
+        pieces_of(16, 0, 3)
+    with pytest.raises(BadInput, match=r"mesh\.tp 3: does not divide the 2 attention heads"):
+        tensor.check(config_of().model, 3)
+    config = config_of()
+    ids = torch.zeros(1, 16, dtype=torch.int64)
+    whole = Context.__new__(Context)  # it is not looked at
+    with pytest.raises(BadInput, match=r"mesh\.cp: rows of samples that may not see each other"):
+        loss_sums(Transformer(config.model), ids, ids, ids, ids, whole)
 
 
 def test_kubernetes_asks_for_what_the_recipe_is_divided_over() -> None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import leanseek.model.layers as layers
 import leanseek.parallel.apply as apply
 import leanseek.parallel.expert as expert
 import leanseek.train.step as step
 from leanseek.config import BadInput, Config, read_recipe
 from leanseek.data.loader import part_of
-from leanseek.model.moe import Router
+from leanseek.model.moe import MoE, Router
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE
 from leanseek.ops.routing import choose
@@ -495,6 +496,46 @@ def test_deepep_takes_the_place_of_the_hops(pool: Pool) -> None:
     many = pool.run(2, through_deepep, (ADAMW, "mesh.ep=2"), 7, False, torch.float64)
     # Its weights are FP32, as DeepEP's are.
     assert differs(together(many), alone((ADAMW,), 7, False, torch.float64), 1e-6, 1e-4) is None
+
+
+def order_of_things(rank: int, world: int) -> list[str]:
+    """What happens when in a mixture that is spread over ranks: the tokens' way, and the shared experts."""
+    config = config_of("mesh.ep=2")
+    ranks = ranks_of(config)
+    moe = model_of(config, torch.float64).layers["1"].mlp
+    assert isinstance(moe, MoE)
+    expert.spread_experts(moe, expert.ParallelDispatcher(8, ranks, expert.Traffic()), ranks, None)
+    seen: list[str] = []
+    exchange, wait, swiglu = expert.Hop.exchange, expert._await, layers.swiglu
+
+    def exchanges(hop: expert.Hop, rows: Tensor, what: str, backwards: bool) -> Tensor:
+        seen.append(f"{what} set out")
+        return exchange(hop, rows, what, backwards)
+
+    def waits(under_way: Tensor) -> Tensor:
+        if under_way.dim() == 2 and under_way.shape[1] == D:
+            seen.append("awaited")
+        return wait(under_way)
+
+    def computes(gate_up: Tensor) -> Tensor:
+        seen.append("shared")
+        gate_up.register_hook(lambda grad: seen.append("shared"))
+        return swiglu(gate_up)
+
+    x = torch.randn(2, 8, D, dtype=torch.float64, requires_grad=True)
+    with (
+        patch.object(expert.Hop, "exchange", exchanges),
+        patch.object(expert, "_await", waits),
+        patch.object(layers, "swiglu", computes),
+    ):
+        moe(x).sum().backward()
+    return [what for what in seen if not what.startswith(("routing", "weights"))]
+
+
+def test_shared_experts_are_computed_while_tokens_travel(pool: Pool) -> None:
+    forward = ["tokens set out", "shared", "awaited", "sums set out", "awaited"]
+    backward = ["sums set out", "awaited", "tokens set out", "shared", "awaited"]
+    assert pool.run(2, order_of_things) == [forward + backward] * 2
 
 
 def overload(rank: int, world: int, most_load: str) -> tuple[int, int]:

@@ -44,6 +44,10 @@ def take_up(
     RUN must be locked; it may be an import, which is trained on from its weights. Raises BadInput where RUN is
     something else, or more than this machine has.
     """
+    if config.mesh.tp > 1:
+        raise BadInput("mesh.tp cuts weights for serving, and no checkpoint has them so: train with dp, ep, cp and pp")
+    if config.mesh.pp > 1 and config.mesh.cp > 1:
+        raise BadInput("mesh.cp: the stages of a pipeline take whole rows: take mesh.cp=1 or mesh.pp=1")
     stored = checkpoint.check_run(run, config, data_fingerprint)
     if stored is None:
         config = config.model_copy(update={"train": settled(config.train)})
