@@ -29,7 +29,7 @@ def measured(recipe: str, overrides: list[str], length: int, way: str) -> dict[s
     sizes = [f"stages.0.sequence_length={length}", f"model.max_position_embeddings={length}", "stages.0.share=1"]
     fixed = ["train.device=cpu", f"train.recompute={way}", "train.dtype=bf16", *sizes]
     config = read_recipe(recipe, [*overrides, *fixed])
-    model, optimizers = build(config)
+    model, optimizers, _ = build(config)
     ids = torch.randint(config.model.vocab_size, (1, length + 1), generator=torch.Generator().manual_seed(0))
     now = knobs(config.schedule, config.train.tokens // 2, config.train.tokens)
     Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far

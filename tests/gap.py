@@ -135,7 +135,7 @@ def losses(variant: str, data: Path, stop: int = STEPS) -> list[float]:
     """The training loss of each step up to `stop`, in nats per token."""
     config = read_recipe("nano", (*SHAPE, f"train.dtype={'bf16' if variant in FLOOR else 'fp8'}"))
     shards = open_data(data)
-    model, optimizers, loader = assemble(config, shards, Tokenizer.load(shards.tokenizer_folder))
+    model, optimizers, loader, _ = assemble(config, shards, Tokenizer.load(shards.tokenizer_folder))
     if variant.endswith(("ulp up", "ulp down")):
         nudge(model, float("inf") if variant.endswith("up") else -float("inf"))
     found = []

@@ -121,7 +121,7 @@ def test_a_training_step_goes_through_the_kernels_that_the_model_was_given() -> 
     reached: dict[str, set[str]] = {}
     losses = []
     for precision in ("plain", "plain, spied", "fp8"):
-        model, optimizers = build(config)
+        model, optimizers, _ = build(config)
         calls: list[str] = []
         if precision != "plain":
             model.use(spied(PLAIN, calls))

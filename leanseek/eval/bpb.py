@@ -9,11 +9,12 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from leanseek.config import BadInput
 from leanseek.data.tokenizer import Tokenizer
@@ -109,8 +110,9 @@ def answers_bits_per_byte(model: Scorer, answers: Answers, batch_tokens: int = 8
 @torch.no_grad()
 def nats_of(model: Scorer, windows: Iterator[Window], batch_tokens: int, share: Share = ALL) -> float:
     """−ln p of all targets of all windows together, each window by itself; the model is left in the mode it was in."""
-    if not isinstance(model, Transformer):
+    if not isinstance(model, nn.Module):  # a pipeline scores by itself
         return share.total(model(share.of(batches(windows, batch_tokens))))
+    model = cast(Transformer, model)  # or what is called like one: the ledger's controls
     assert model.lm_head is not None
     device = model.lm_head.weight.device
     nats = 0.0
