@@ -72,7 +72,7 @@ def test_recipes(leanseek) -> None:
     assert (
         [line.split()[0] for line in listed.splitlines()]
         == recipe_names()
-        == ["nano", "demo", "bench-20m", "small", "v2-lite", "v2", "v3"]
+        == ["nano", "demo", "mix", "bench-20m", "small", "v2-lite", "v2", "v3"]
     )
     for name in recipe_names():
         _, printed, _ = leanseek("recipes", name)

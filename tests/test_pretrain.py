@@ -455,7 +455,7 @@ def test_too_little_memory_is_one_line(data: Path, tmp_path: Path) -> None:
 
 def test_a_model_beyond_this_machine_is_refused_before_anything_is_made(data: Path, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="GiB for weights, gradients and moments"):
-        pretrain(read_recipe("v3"), data, tmp_path / "run")
+        pretrain(read_recipe("v3", ["mesh.pp=1", "mesh.ep=1"]), data, tmp_path / "run")
     assert not (tmp_path / "run" / "config.toml").exists()
 
 

@@ -233,6 +233,7 @@ class ParallelDispatcher:
     def __init__(self, n_experts: int, ranks: Ranks, traffic: Traffic) -> None:
         division = ranks.division
         self.n_experts, self.traffic = n_experts, traffic
+        self.may_pad = True  # between experts, where that is faster
         self.here = n_experts // division.ep  # experts of a rank
         self.first = ranks.place["ep"] * self.here
         self.local = division.local
@@ -245,7 +246,8 @@ class ParallelDispatcher:
         x, own, weights, way = self.there(x, experts, self.beside)
         mine = own >= 0
         chosen, token = own[mine], mine.nonzero()[:, 0]  # [C] choices of this rank's experts, token by token
-        layout = lay_out(chosen[:, None], self.here, wants_padding(x, len(chosen), self.here))
+        padded = self.may_pad and wants_padding(x, len(chosen), self.here)
+        layout = lay_out(chosen[:, None], self.here, padded)
         source = token[layout.source] if len(token) else token
         per_token = mine.sum(dim=1)
         fan = Fan(source, layout.place[:, 0], per_token.cumsum(0) - per_token)
@@ -292,6 +294,7 @@ def spread_experts(moe: MoE, dispatcher: ParallelDispatcher, ranks: Ranks, most_
     own = slice(dispatcher.first, dispatcher.first + dispatcher.here)
     for name, parameter in list(experts.named_parameters(recurse=False)):
         setattr(experts, name, torch.nn.Parameter(parameter.detach()[own].clone()))
+    dispatcher.may_pad = experts.dispatcher.may_pad
     experts.dispatcher = dispatcher  # type: ignore[assignment]
     limit = None if most_load is None else most_load / ranks.division.ep
 

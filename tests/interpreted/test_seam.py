@@ -53,7 +53,7 @@ def test_a_training_step_by_triton_is_the_plain_one(fp8: bool) -> None:
     ids = torch.randint(config.model.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
     weights, losses = [], []
     for kernels in (PLAIN, TRITON):
-        model, optimizers = build(config)
+        model, optimizers, _ = build(config)
         model.use(kernels)
         if fp8:
             in_fp8(model)
