@@ -112,10 +112,16 @@ def test_what_is_kept_and_why_the_rest_is_not(run: Path, tmp_path: Path, monkeyp
     Scripted(monkeypatch)
     out = tmp_path / "chats.jsonl"
     settings = Settings(samples=5, temperature=1.0, system="Reflect.")
-    counts = distill(run, task_of(tmp_path), out, settings, Choice(keep=1, longest=8))
+    counts = distill(run, task_of(tmp_path), out, settings, Choice(keep=1, longest=17))
     assert counts == {
-        "kept": 2, "more than are kept": 2, "wrong": 6, "cut off": 1, "the same again": 1,
-        "too long": 1, "languages mixed": 1, "ill formed": 1,
+        "kept": 2,
+        "more than are kept": 2,
+        "wrong": 6,
+        "cut off": 1,
+        "the same again": 1,
+        "too long": 1,
+        "languages mixed": 1,
+        "ill formed": 1,
     }
     rows = [json.loads(line)["messages"] for line in out.read_text().splitlines()]
     system = {"role": "system", "content": "Reflect."}
@@ -310,8 +316,8 @@ def test_a_teacher_that_cannot_teach_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="not a run"):
         pretrain(read_recipe(str(RECIPE), (f"teacher.run={tmp_path / 'nowhere'}",)), data, tmp_path / "run")
     Tokenizer.load(data / "tokenizer").save(other / "tokenizer")
+    asked = (f"teacher.run={other}", "stages.0.sequence_length=64")
     with pytest.raises(BadInput, match="reads 48 tokens, a row here has 64"):
-        asked = (f"teacher.run={other}", "stages.0.sequence_length=64")
         pretrain(read_recipe(str(RECIPE), asked), data, tmp_path / "run")
     with pytest.raises(BadInput, match="top_k"):
         read_recipe(str(RECIPE), (f"teacher.run={other}", "teacher.top_k=0"))

@@ -209,20 +209,21 @@ def test_a_preference_is_learnt_and_stopping_changes_nothing(
 ) -> None:
     run = make_run(tmp_path / "run", model_of(small_tokenizer()), small_tokenizer())
     file = write(tmp_path / "pairs.jsonl", fox_pairs(400))
-    quick = ("schedule.batch_tokens=[{until=1,value=768}]", "optimizer.name=adamw", "train.tokens=150000")
-    asked = (*quick, "schedule.learning_rate=[{until=1,value=3e-3}]", "stages.0.sequence_length=48")
+    quick = ("schedule.batch_tokens=[{until=1,value=384}]", "optimizer.name=adamw", "train.eval_every=1000")
+    quick = (*quick, "schedule.learning_rate=[{until=1,value=3e-3}]", "stages.0.sequence_length=48")
+    asked = (*quick, "train.tokens=40000")
     receipt = reward(run, file, tmp_path / "out", asked)
     assert receipt["ended"] == "complete"
     assert receipt["accuracy"] > 0.9
     assert receipt["accuracy_low"] <= receipt["accuracy"] <= receipt["accuracy_high"]
     assert receipt["bpb"] is None
     assert (receipt["pairs"], receipt["held_out"]) == (400 - receipt["held_out"], receipt["held_out"])
-    reward(run, file, tmp_path / "parts", (*asked, "train.max_steps=3"))
-    reward(run, file, tmp_path / "parts", asked)
-    ours, theirs = (Scorer.load(tmp_path / name) for name in ("parts", "out"))
-    for name, tensor in theirs.model.state_dict().items():
-        assert torch.equal(ours.model.state_dict()[name], tensor), name
-    good, bad = ours.score(
+    for name, limits in {"whole": ("none",), "parts": (3, "none")}.items():
+        for limit in limits:
+            reward(run, file, tmp_path / name, (*quick, "train.tokens=4000", f"train.max_steps={limit}"))
+    ours, theirs = (Scorer.load(tmp_path / name).model.state_dict() for name in ("parts", "whole"))
+    assert [name for name in theirs if not torch.equal(ours[name], theirs[name])] == []
+    good, bad = Scorer.load(tmp_path / "out").score(
         [
             [{"role": "user", "content": "1 wall"}, {"role": "assistant", "content": said}]
             for said in ("the fox was old", "the rain was old")
