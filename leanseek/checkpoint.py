@@ -36,9 +36,11 @@ from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorage
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from leanseek.config import BadInput, Config, ModelConfig, differences, read_config, to_toml
+from leanseek.config import BadInput, Config, LoraConfig, ModelConfig, differences, read_config, to_toml
+from leanseek.model.lora import merge
+from leanseek.model.transformer import Transformer
 from leanseek.ops.fp8 import SCALE, dequantise
-from leanseek.weightfiles import open_folder
+from leanseek.weightfiles import Stored, open_folder
 
 FORMAT_VERSION = 1
 IMPORTED = Path("checkpoints/step-00000000/model")  # where the weights of an imported run are
@@ -112,14 +114,19 @@ def create_run(
 
     `chats` says that the run was taught to answer: a prompt then goes through the chat template unless asked raw.
     `scores` says that it is a reward model. `begun_with` is the run whose weights it starts from: what came with those
-    when they were imported comes along.
+    when they were imported comes along, and where RUN is to hold adapters, which checkpoint they belong to is noted.
     """
     _make_folder(run)
     if is_import(run):  # has its tokenizer; until its data are noted, last, it may be begun otherwise
         _write_whole(run / "config.toml", to_toml(config).encode())
         _write_facts(run, data_fingerprint, str(data.absolute()), chats)
         return
-    _write_facts(run, data_fingerprint, str(data.absolute()), chats, scores)
+    base = None
+    if config.lora is not None and begun_with is not None:
+        found = newest(begun_with, lambda _: None)
+        assert found is not None
+        base = {"checkpoint": str(found.path.absolute()), "sha256": _digest(found.path / "checksums.json")}
+    _write_facts(run, data_fingerprint, str(data.absolute()), chats, scores, base)
     _make_folder(run / "checkpoints")
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     if begun_with is not None and (begun_with / "released").is_dir():
@@ -274,13 +281,35 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return None
 
 
-def load_newest(run: Path, model: nn.Module) -> Checkpoint:
-    """Fill `model` with the newest weights of RUN, whatever they are stored in. Raises BadInput."""
+def load_newest(run: Path, model: Transformer) -> None:
+    """Fill `model` with the newest weights of RUN, whatever they are stored in, adapters merged. Raises BadInput."""
+    weights = weights_of(run)
+    load_model_weights(weights.folder, model)
+    if weights.lora is not None:
+        merge(model, {name: stored.read() for name, stored in weights.adapters.items()}, weights.lora)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The newest weights of a run: the folder they are in, or that of its base and the adapters beside those."""
+
+    folder: Path
+    adapters: dict[str, Stored]
+    lora: LoraConfig | None
+
+
+def weights_of(run: Path) -> Weights:
+    """Raises BadInput where RUN has no whole checkpoint, and where the base of its adapters is gone or another."""
     found = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
     if found is None:
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
-    load_model_weights(found.model, model)
-    return found
+    base = _run_facts(run).get("base")
+    if base is None:
+        return Weights(found.model, {}, None)
+    its = Path(base["checkpoint"])
+    if not (its / "checksums.json").is_file() or _digest(its / "checksums.json") != base["sha256"]:
+        raise BadInput(f"{run}: holds adapters of {its}, which is no longer there as it was: bring it back")
+    return Weights(its / "model", open_folder(found.model), read_config(run / "config.toml").lora)
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -505,9 +534,17 @@ def _as_released(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
     return model.model_copy(update=told)
 
 
-def _write_facts(run: Path, data_fingerprint: str | None, data: str | None, chats: bool, scores: bool = False) -> None:
+def _write_facts(
+    run: Path,
+    data_fingerprint: str | None,
+    data: str | None,
+    chats: bool,
+    scores: bool = False,
+    base: dict[str, str] | None = None,
+) -> None:
     facts = {"format_version": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "data": data, "chats": chats}
-    write_json(run / "run.json", facts | ({"scores": True} if scores else {}))
+    kind: dict[str, Any] = ({"scores": True} if scores else {}) | ({"base": base} if base else {})
+    write_json(run / "run.json", facts | kind)
 
 
 def _make_folder(path: Path) -> None:

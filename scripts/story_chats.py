@@ -1,11 +1,11 @@
 """Does SFT teach a small model to answer? A base model of the storyworld, its chats, and what came of them.
 
-    python scripts/story_chats.py [--out build/story-chats] [--tokens 2e6] [--chats 12000] [--asked 200]
+    python scripts/story_chats.py [--base RUN] [--out build/story-chats] [--tokens 2e6] [--chats 2500] [--asked 200]
 
 Trains the demo's recipe on the project's own stories, then on its conversations (`leanseek sft`), and asks both models
 requests whose stories neither has seen, drawn at temperature 0.6 and top-p 0.95. Shown: the share of answers that end
 by themselves and are well formed, held-out answers in bits per byte before and after, lengths beside the references'.
-About twelve CPU-minutes; the same command again goes on where it stopped.
+The base is RUN, as `leanseek demo` leaves one, or made first. Fifteen CPU-minutes; the same command again goes on.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from leanseek.data.storyworld import QUESTIONS, chats
 from leanseek.demo import write_chats
 from leanseek.eval.statistics import interval
 from leanseek.post.sft import sft
-from leanseek.serve.llm import Completion
+from leanseek.serve.llm import LLM, Completion
 from leanseek.serve.sampling import Sampling
 from leanseek.train.pretrain import pretrain
 
@@ -37,7 +37,7 @@ def well_formed(completion: Completion) -> bool:
     return completion.finish_reason == "stop" and bool(text) and not SPECIAL.search(text) and "\ufffd" not in text
 
 
-def held_out(asked: int, longest: int, llm: leanseek.LLM) -> list[dict[str, Any]]:
+def held_out(asked: int, longest: int, llm: LLM) -> list[dict[str, Any]]:
     """First turns of conversations that nobody was trained on, and what the storyworld answers."""
     every = (row["messages"] for number in count() for row in chats(QUESTIONS, number, 1000))
     fits = (m for m in every if len(llm.tokenizer.encode_chat(m[:2], add_generation_prompt=False)) <= longest)
@@ -46,15 +46,19 @@ def held_out(asked: int, longest: int, llm: leanseek.LLM) -> list[dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path)
     parser.add_argument("--out", type=Path, default=Path("build/story-chats"))
     parser.add_argument("--tokens", type=float, default=2e6)
-    parser.add_argument("--chats", type=int, default=12_000)
+    parser.add_argument("--chats", type=int, default=2_500)
     parser.add_argument("--asked", type=int, default=200)
     asked = parser.parse_args()
-    data, base, file, run = (asked.out / name for name in ("data", "base", "chats.jsonl", "chat"))
-    if not (data / "manifest.json").exists():
-        prepare(["storyworld:8MB"], data, validation=["storyworld:200KB"])
-    pretrain(read_recipe("demo", [f"train.tokens={round(asked.tokens)}", "train.dtype=fp32"]), data, base)
+    data, file, run = (asked.out / name for name in ("data", "chats.jsonl", "chat"))
+    base = asked.base or asked.out / "base"
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if asked.base is None:
+        if not (data / "manifest.json").exists():
+            prepare(["storyworld:8MB"], data, validation=["storyworld:200KB"])
+        pretrain(read_recipe("demo", [f"train.tokens={round(asked.tokens)}", "train.dtype=fp32"]), data, base)
     if not file.exists():
         write_chats(file, asked.chats)
     receipt = sft(base, file, run)

@@ -21,14 +21,16 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import Answers, answers_bits_per_byte, answers_of
 from leanseek.eval.standing import standing
 from leanseek.model.transformer import Transformer
-from leanseek.plan.count import flops_per_token, parameters
-from leanseek.train.setup import build, take_up, train_and_bill
+from leanseek.peft import write_adapter
+from leanseek.plan.count import adaptation, flops_per_token, parameters
+from leanseek.train.setup import build, build_adapted, resting, take_up, train_and_bill
 from leanseek.train.step import train_step
 from leanseek.train.teacher import check_teacher, teacher_of
 
 EPOCHS = 2
 V3_RATES, LARGE = (5e-6, 1e-6), 1e9  # V3's own peak and end, for models that activate so many parameters
 PEAK, END = 0.3, 0.1  # of smaller ones: the peak as a share of pre-training's, and the end as a share of the peak
+ADAPTERS = 10  # times the rate: an adapter of low rank wants about as much more as all of the weights do
 WARM_UP = 0.03  # share of the budget
 
 
@@ -40,12 +42,15 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
     if out.resolve() == run.resolve():
         raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
     begun_with = checkpoint.read_run(run)
-    config = parse(to_toml(tuned(begun_with)), f"sft of {run}", list(overrides))
+    adapters = any(override.strip().startswith("lora.") for override in overrides)
+    config = parse(to_toml(tuned(begun_with, adapters)), f"sft of {run}", list(overrides))
     check_overrides(config, begun_with, f"sft of {run}")
     tokenizer = tokenizer_of(run, config)
     check_teacher(config, tokenizer)
     if checkpoint.newest(run, _warn) is None:
         raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
+    if config.lora is not None:
+        config = config.model_copy(update={"lora": resting(config.lora, run)})
     training, held_out, too_long = open_chats(file, tokenizer, longest_of(config.stages))
     if too_long:
         _warn(f"left out {too_long:,} chats longer than the {longest_of(config.stages)} tokens of a row")
@@ -56,8 +61,11 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         )
     with checkpoint.lock(out):
         config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True, begun_with=run)
-        model, optimizers = build(config)
-        checkpoint.load_newest(run, model)  # weights and routing bias: the optimizers begin anew
+        if config.lora is not None:
+            model, optimizers = build_adapted(config, run)
+        else:
+            model, optimizers = build(config)
+            checkpoint.load_newest(run, model)  # weights and routing bias: the optimizers begin anew
         before = _standing(model, answers)
         teacher = teacher_of(config, tokenizer)
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
@@ -75,15 +83,22 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         receipt = train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, step)
         if receipt["ended"] != "interrupted":
             receipt |= {"before": before, "after": _standing(model, answers)}
+            if config.lora is not None:
+                write_adapter(out, run)
+                receipt["params_trained"] = adaptation(config.model, config.lora).adapters
             checkpoint.write_json(out / "receipt.json", receipt)
         return receipt
 
 
-def tuned(config: Config) -> Config:
-    """A pre-training configuration turned into one for chats, but for the budget, which the chats decide."""
+def tuned(config: Config, adapters: bool = False) -> Config:
+    """A pre-training configuration turned into one for chats, but for the budget, which the chats decide.
+
+    `adapters` are to be trained instead of the weights: by AdamW, at ten times the rate.
+    """
     schedule, stage = config.schedule, config.stages[-1]
     peak = PEAK * max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate)
     peak, end = V3_RATES if parameters(config.model).activated >= LARGE else (peak, END * peak)
+    peak, end = (ADAPTERS * peak, ADAPTERS * end) if adapters else (peak, end)
     learning_rate = (
         Piece(until=WARM_UP, value=peak, shape="linear"),
         Piece(until=1, value=end, shape="cosine"),
@@ -98,9 +113,11 @@ def tuned(config: Config) -> Config:
         mtp_weight=(Piece(until=1, value=schedule.mtp_weight[-1].value),),
     )
     here = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None, "balance_loss_alpha": 0.0}
+    for_adapters = {"name": "adamw", "qk_clip": None, "weight_decay": 0.0}
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=here),
+            "optimizer": config.optimizer.model_copy(update=for_adapters if adapters else {}),
             "schedule": instructed,
             "data": DataConfig(),
             "teacher": None,
@@ -122,6 +139,10 @@ def check_overrides(config: Config, begun_with: Config, what: str) -> None:
         raise BadInput(f"{what}: the model is the run's own: leave model.* out")
     if config.data != DataConfig() or any(stage.mixture for stage in config.stages):
         raise BadInput(f"{what}: chats are neither mixed nor packed like text: leave data.* and mixtures out")
+    if config.lora is not None and (
+        config.optimizer.qk_clip is not None or any(piece.value for piece in config.schedule.bias_speed)
+    ):
+        raise BadInput(f"{what}: beside adapters nothing changes: leave optimizer.qk_clip and schedule.bias_speed out")
 
 
 def tokenizer_of(run: Path, config: Config) -> Tokenizer:

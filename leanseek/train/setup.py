@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek import checkpoint
-from leanseek.config import BadInput, Config, TrainConfig
+from leanseek.config import BadInput, Config, LoraConfig, TrainConfig
 from leanseek.data.tokenizer import Tokenizer
+from leanseek.model.lora import adapt
 from leanseek.model.transformer import Transformer
-from leanseek.plan.count import training_bytes
+from leanseek.ops.fp8 import SCALE
+from leanseek.plan.count import adapted_bytes, training_bytes
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import Log
 from leanseek.train.loop import Batches, Step, train
@@ -20,6 +23,7 @@ from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
 from leanseek.train.receipt import write_receipt
 from leanseek.train.step import train_step
+from leanseek.weightfiles import open_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,6 +68,35 @@ def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
     return model, ready(config, model)
+
+
+def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimizer]]:
+    """RUN's newest weights, frozen, with new adapters, and the optimizers of those; never is all of it wide.
+
+    Raises BadInput where RUN holds adapters itself.
+    """
+    assert config.lora is not None
+    weights = checkpoint.weights_of(run)
+    if weights.lora is not None:
+        raise BadInput(f"{run}: holds adapters itself: export it, which merges them, import that and tune the import")
+    stored, device = open_folder(weights.folder), config.train.device
+
+    def read(name: str) -> tuple[Tensor, Tensor | None]:
+        values, scales = stored[name].read().to(device), stored.get(name + SCALE)
+        return values, None if scales is None else scales.read().to(device)
+
+    with torch.device("meta"):
+        model = Transformer(config.model, DTYPES[config.train.dtype])
+    adapt(model, config.lora, read, torch.Generator().manual_seed(config.train.seed))
+    return model, ready(config, model)
+
+
+def resting(lora: LoraConfig, run: Path) -> LoraConfig:
+    """How the base rests: `auto` is FP8 where RUN's weights came so, else INT8."""
+    if lora.base != "auto":
+        return lora
+    in_fp8 = any(name.endswith(SCALE) for name in open_folder(checkpoint.weights_of(run).folder))
+    return lora.model_copy(update={"base": "fp8" if in_fp8 else "int8"})
 
 
 def ready(config: Config, model: Transformer) -> list[Optimizer]:
@@ -124,9 +157,13 @@ def _check_memory(config: Config) -> None:
         there = torch.cuda.get_device_properties(0).total_memory
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    needed = training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
+    if config.lora is not None:
+        needed, instead = adapted_bytes(config.model, config.lora), "a smaller model"
+    else:
+        needed = training_bytes(config.model, moments=1 if config.optimizer.name == "muon" else 2)
+        instead = "a smaller recipe, or of a run that is trained already only adapters (lora.rank=16)"
     if needed > there:
         raise BadInput(
             f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "
-            f"this machine has {there / 2**30:,.0f} GiB: take a smaller recipe"
+            f"this machine has {there / 2**30:,.0f} GiB: take {instead}"
         )
