@@ -17,7 +17,7 @@ from leanseek.config import BadInput, Stage
 from leanseek.data.loader import NO_TARGET, ORDER, Batch, part_of, shuffled, whole_rows
 from leanseek.data.packing import Rows, best_fit
 from leanseek.data.read import batches, find_source
-from leanseek.data.tokenizer import THINK, Tokenizer, check_messages, token_dtype
+from leanseek.data.tokenizer import Tokenizer, check_messages, token_dtype, without_thoughts
 
 SUFFIX = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)
 HELD_OUT, MOST_HELD_OUT = 0.02, 500  # share of the different chats that is for validation, and their largest number
@@ -129,10 +129,10 @@ def as_asked(messages: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]],
         if message["role"] != "assistant":
             continue
         answers += 1
-        thoughts, closed, said = (message["content"] or "").rpartition(THINK[1])
-        if i == last or (closed and thoughts):
+        said = message["content"] or ""
+        if i == last or without_thoughts(said) != said:
             samples.append((past[: i + 1], known))
-            past[i], known = {**message, "content": said.lstrip("\n")}, answers
+            past[i], known = {**message, "content": without_thoughts(said)}, answers
     return samples
 
 

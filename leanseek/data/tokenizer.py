@@ -394,6 +394,11 @@ class DecodeStream:
         return self._decoder.decode(b"", final=True)
 
 
+def without_thoughts(said: str) -> str:
+    """What was said, as whoever is asked again sees it (R1's template): behind </think>, where there is one."""
+    return said.rpartition(THINK[1])[2].lstrip("\n") if THINK[1] in said else said
+
+
 def veil(text: str | None, mark: str) -> str | None:
     """<think> and </think> written so that a template does not know them; nothing that anybody says looks like it."""
     for token in THINK if text else ():

@@ -19,10 +19,13 @@ LARGEST_CODE = {FP8: LARGEST, torch.int8: 127.0}
 
 def at_rest(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes in float8_e4m3fn or int8, and scales: values [..., R, C] → [..., R, C] and FP32 [..., r, c]."""
-    rows, columns = values.shape[-2:]
+    if values.ndim > 2:  # one matrix at a time: FP32 is four times as wide as what comes of it
+        parts = [at_rest(matrix, dtype) for matrix in values]
+        return torch.stack([codes for codes, _ in parts]), torch.stack([scales for _, scales in parts])
+    rows, columns = values.shape
     r, c = scale_shape(rows, columns)
     padded = F.pad(values.float(), (0, c * BLOCK - columns, 0, r * BLOCK - rows))
-    largest = padded.unflatten(-1, (c, BLOCK)).unflatten(-3, (r, BLOCK)).abs().amax(dim=(-3, -1))  # [..., r, c]
+    largest = padded.view(r, BLOCK, c, BLOCK).abs().amax(dim=(1, 3))  # [r, c]
     scales = torch.where(largest == 0, 1.0, largest / LARGEST_CODE[dtype])
     codes = values.float() / _spread(scales, rows, columns)
     codes = codes if dtype == FP8 else codes.round()

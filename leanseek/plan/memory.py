@@ -268,8 +268,8 @@ def _kept(model: ModelConfig, width: int, tokens: int, length: int) -> float:
 def _adapted_bytes(config: Config, lora: LoraConfig, width: int, tokens: int, length: int) -> TrainerMemory:
     """With adapters: matrices at rest, and the widest stack of experts wide, once as FP32, while it is multiplied.
 
-    As much is kept of a token as if all were trained, which is more than there is: what only frozen matrices read is
-    not kept.
+    As much is taken to be kept of a token as if all were trained: what only frozen matrices read is not, what adapters
+    say on the way is, and the two are of about a size.
     """
     model, parts = config.model, adaptation(config.model, lora)
     stack = 2 * model.n_routed_experts * model.moe_intermediate_size * model.hidden_size
