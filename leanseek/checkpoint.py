@@ -283,7 +283,7 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def load_newest(run: Path, model: Transformer) -> None:
     """Fill `model` with the newest weights of RUN, whatever they are stored in, adapters merged. Raises BadInput."""
-    weights = weights_of(run)
+    weights = newest_weights(run)
     load_model_weights(weights.folder, model)
     if weights.lora is not None:
         merge(model, {name: stored.read() for name, stored in weights.adapters.items()}, weights.lora)
@@ -298,7 +298,7 @@ class Weights:
     lora: LoraConfig | None
 
 
-def weights_of(run: Path) -> Weights:
+def newest_weights(run: Path) -> Weights:
     """Raises BadInput where RUN has no whole checkpoint, and where the base of its adapters is gone or another."""
     found = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
     if found is None:

@@ -357,7 +357,9 @@ class Weights:
 
     def __init__(self, run: Path) -> None:
         self.run, self.config = run, checkpoint.read_run(run)
-        found = checkpoint.weights_of(run)
+        if checkpoint.scores(run):
+            raise BadInput(f"{run}: is a reward model, which other tools have no place for: export what it began with")
+        found = checkpoint.newest_weights(run)
         self.adapters, self.lora = found.adapters, found.lora
         self.tensors, self.places = open_folder(found.folder), layout(self.config.model)
         self.kept = open_folder(run / "released") if (run / "released" / INDEX).is_file() else {}
@@ -446,7 +448,8 @@ def export_release(run: Path, folder: Path, dtype: str | None = None) -> None:
                 if file.is_file() and not file.name.endswith(WEIGHT_FILES):
                     shutil.copyfile(file, writing / file.name)
         _write_json(writing / "config.json", released_config(model, wanted))
-        notes = {"chats": checkpoint.chats(run), "training": weights.config.model_dump(mode="json", exclude={"model"})}
+        training = weights.config.model_dump(mode="json", exclude={"model", "lora", "teacher"})
+        notes = {"chats": checkpoint.chats(run), "training": training}
         if "quantization_config" in model.verbatim:
             notes["quantization_config"] = model.verbatim["quantization_config"]
         _write_json(writing / NOTES, notes)

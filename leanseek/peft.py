@@ -28,7 +28,7 @@ STACKS = {"gate_up_proj": "base_layer.", "down_proj": ""}
 
 def write_adapter(run: Path, base: Path) -> Path:
     """RUN/adapter, of RUN's newest checkpoint; `base` is the run they were trained on. Raises BadInput, OSError."""
-    weights = checkpoint.weights_of(run)
+    weights = checkpoint.newest_weights(run)
     if weights.lora is None:
         raise BadInput(f"{run}: holds no adapters: they come of leanseek sft with lora.rank=…")
     folder = run / FOLDER

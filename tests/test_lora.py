@@ -24,9 +24,11 @@ from leanseek.peft import write_adapter
 from leanseek.plan.count import adaptation, adapted_bytes
 from leanseek.plan.memory import trainer_bytes
 from leanseek.post.sft import sft
+from leanseek.train.pretrain import pretrain
 from tests.oracle import ours, sample, tiny
 from tests.runs import make_run, model_of
 from tests.runs import tokenizer as small_tokenizer
+from tests.tiny import RECIPE, make_data
 
 ALL = LoraConfig(rank=3, alpha=6, experts=True, base="unchanged")
 SHAPES: dict[str, dict[str, Any]] = {
@@ -300,6 +302,7 @@ def test_export_merges_and_peft_on_the_base_agrees(base: Path, tuned_run: Path, 
     assert (merged - wanted).abs().max() < 1e-5 * scale  # FP32, sums in another order
     assert (theirs - wanted).abs().max() < 1e-5 * scale
     import_release(tmp_path / "merged", tmp_path / "back")
+    assert checkpoint.read_run(tmp_path / "back").lora is None
     state = leanseek.load_model(tmp_path / "back").state_dict()
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
     for dtype in ("bf16", "fp8"):
@@ -329,6 +332,12 @@ def test_stopping_changes_nothing_and_the_base_must_stay(base: Path, chats: Path
     shutil.rmtree(copy)
     with pytest.raises(BadInput, match=r"holds adapters of .* no longer there as it was"):
         leanseek.load_model(tmp_path / "whole")
+
+
+def test_adapters_are_for_trained_weights(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="beside weights that are trained already"):
+        pretrain(read_recipe(str(RECIPE), ("lora.rank=4",)), make_data(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from leanseek import checkpoint
 from leanseek.cli import main
 from leanseek.config import BadInput, Stage, read_recipe
 from leanseek.data.pairs import PairLoader, Pairs, open_pairs, read_pairs
+from leanseek.hub import export_release
 from leanseek.ops.loss import IGNORE
 from leanseek.post.judge import Judge, Question
 from leanseek.post.reward_model import RewardModel, Scorer, preference_loss, reward, reward_step
@@ -233,6 +234,8 @@ def test_a_preference_is_learnt_and_stopping_changes_nothing(
     assert checkpoint.scores(tmp_path / "out")
     with pytest.raises(BadInput, match="is a reward model"):
         LLM.load(tmp_path / "out")
+    with pytest.raises(BadInput, match="reward model, which other tools have no place for"):
+        export_release(tmp_path / "out", tmp_path / "exported")
     with pytest.raises(BadInput, match="not a reward model"):
         Scorer.load(run)
     capsys.readouterr()

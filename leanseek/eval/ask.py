@@ -8,6 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
 from leanseek.config import BadInput
 from leanseek.eval.formats import Item
 from leanseek.eval.likelihood import Asked, Likelihood, likelihoods
@@ -210,7 +213,9 @@ def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], re
 
     runs_code = any(asking.task.items[number].row["verify"] == "code" for number in numbers)
     beginning = begin()
-    with Verifier() as verifier:
+    bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    with Verifier() as verifier, bar:
+        asked = bar.add_task(asking.task.name, total=len(numbers))
         # Found before anything is asked: where there are no walls nothing shall be asked in vain.
         isolation = verifier.sandbox.isolation if runs_code else None
         try:
@@ -222,6 +227,7 @@ def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], re
                 done = [n for n, requests in under_way.items() if all(r.finish_reason for r in requests)]
                 for number in done:
                     _judge(asking, number, under_way.pop(number), verifier, records)
+                    bar.advance(asked)
         finally:
             for requests in under_way.values():
                 for request in requests:

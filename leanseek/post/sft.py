@@ -75,7 +75,10 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
 
         # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
         length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
-        spent = flops_per_token(config.model, length) + (teacher.flops_per_token(length) if teacher else 0.0)
+        spent = flops_per_token(config.model, length)
+        if config.lora is not None:
+            spent *= 2 / 3  # of the backward pass the half that is for the weights falls away
+        spent += teacher.flops_per_token(length) if teacher else 0.0
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
         moves = "moves" if any(piece.value for piece in config.schedule.bias_speed) else "stays"
         what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out, the routing bias {moves}"

@@ -26,6 +26,8 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
     data = open_data(data_folder)
     tokenizer = Tokenizer.load(data.tokenizer_folder)
     config = _for_tokenizer(config, tokenizer)
+    if config.lora is not None:
+        raise BadInput("adapters stand beside weights that are trained already: leave lora.* out, or take leanseek sft")
     check_teacher(config, tokenizer)
     with checkpoint.lock(run):
         config = take_up(run, config, data.fingerprint, data.tokenizer_folder, data_folder)

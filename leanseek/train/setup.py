@@ -76,7 +76,7 @@ def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimize
     Raises BadInput where RUN holds adapters itself.
     """
     assert config.lora is not None
-    weights = checkpoint.weights_of(run)
+    weights = checkpoint.newest_weights(run)
     if weights.lora is not None:
         raise BadInput(f"{run}: holds adapters itself: export it, which merges them, import that and tune the import")
     stored, device = open_folder(weights.folder), config.train.device
@@ -95,7 +95,7 @@ def resting(lora: LoraConfig, run: Path) -> LoraConfig:
     """How the base rests: `auto` is FP8 where RUN's weights came so, else INT8."""
     if lora.base != "auto":
         return lora
-    in_fp8 = any(name.endswith(SCALE) for name in open_folder(checkpoint.weights_of(run).folder))
+    in_fp8 = any(name.endswith(SCALE) for name in open_folder(checkpoint.newest_weights(run).folder))
     return lora.model_copy(update={"base": "fp8" if in_fp8 else "int8"})
 
 
