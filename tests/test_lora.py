@@ -8,10 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import DeepseekV3ForCausalLM
 
 import leanseek
+import leanseek.peft
 from leanseek import checkpoint
 from leanseek.config import BadInput, LoraConfig, read_recipe
 from leanseek.hub import export_release, import_release
@@ -20,7 +23,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.ops.experts import grouped_linear
 from leanseek.ops.fp8 import FP8, block_scales, dequantise, quantise
 from leanseek.ops.frozen import at_rest, frozen_linear, wide
-from leanseek.peft import write_adapter
+from leanseek.peft import adapter_config, write_adapter
 from leanseek.plan.count import adaptation, adapted_bytes
 from leanseek.plan.memory import trainer_bytes
 from leanseek.post.sft import sft
@@ -282,9 +285,6 @@ def test_a_checkpoint_holds_the_adapters_alone_and_loading_merges_them(base: Pat
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so
 def test_export_merges_and_peft_on_the_base_agrees(base: Path, tuned_run: Path, tmp_path: Path) -> None:
-    from peft import PeftModel
-    from transformers import DeepseekV3ForCausalLM
-
     export_release(tuned_run, tmp_path / "merged", "fp32")
     export_release(base, tmp_path / "base", "fp32")
     model = leanseek.load_model(tuned_run).eval()
@@ -293,10 +293,7 @@ def test_export_merges_and_peft_on_the_base_agrees(base: Path, tuned_run: Path, 
     with torch.no_grad():
         wanted, before = (m.lm_head(m(ids, positions)) for m in (model, leanseek.load_model(base).eval()))
         merged = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
-        peft = PeftModel.from_pretrained(
-            DeepseekV3ForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32), tuned_run / "adapter"
-        )
-        theirs = peft(ids).logits
+        theirs = peft_logits(tmp_path / "base", tuned_run / "adapter", ids)
     scale = wanted.abs().max()
     assert (wanted - before).abs().max() > 1e-3 * scale  # it learnt something
     assert (merged - wanted).abs().max() < 1e-5 * scale  # FP32, sums in another order
@@ -313,6 +310,40 @@ def test_export_merges_and_peft_on_the_base_agrees(base: Path, tuned_run: Path, 
             float((state[n].float() - t).abs().max() / t.abs().max()) for n, t in model.state_dict().items() if t.any()
         )
         assert near < {"bf16": 2**-8, "fp8": 2**-4}[dtype]
+
+
+def peft_logits(base: Path, adapter: Path, ids: Tensor) -> Tensor:
+    model = DeepseekV3ForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        return PeftModel.from_pretrained(model, adapter)(ids).logits
+
+
+def _experts_slowest(adapter: str, tensor: Tensor, right: Any = leanseek.peft._their_shape) -> Tensor:
+    swapped = tensor.ndim == 3 and adapter.endswith(B)
+    return tensor.permute(1, 0, 2).flatten(1).contiguous() if swapped else right(adapter, tensor)
+
+
+def _not_scaled(lora: LoraConfig, base: str) -> dict[str, Any]:
+    return adapter_config(lora, base) | {"lora_alpha": lora.rank}
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
+@pytest.mark.parametrize("fault", [None, ("_their_shape", _experts_slowest), ("adapter_config", _not_scaled)])
+def test_faults_in_the_layout_are_seen(
+    fault: Any, base: Path, tuned_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export_release(base, tmp_path / "base", "fp32")
+    shutil.copytree(tuned_run, tmp_path / "tuned")
+    if fault is not None:
+        monkeypatch.setattr(leanseek.peft, *fault)
+    adapter = write_adapter(tmp_path / "tuned", base)
+    model = leanseek.load_model(tuned_run).eval()
+    ids, positions = sample(model.config, 2, 20)
+    assert model.lm_head is not None
+    with torch.no_grad():
+        wanted = model.lm_head(model(ids, positions))
+    apart = (peft_logits(tmp_path / "base", adapter, ids) - wanted).abs().max() / wanted.abs().max()
+    assert (apart < 1e-5) == (fault is None)
 
 
 def test_stopping_changes_nothing_and_the_base_must_stay(base: Path, chats: Path, tmp_path: Path) -> None:
