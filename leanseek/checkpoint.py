@@ -303,13 +303,18 @@ def newest_weights(run: Path) -> Weights:
     found = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
     if found is None:
         raise BadInput(f"{run}: has no checkpoint yet: train it first")
-    base = _run_facts(run).get("base")
-    if base is None:
+    if "base" not in _run_facts(run):
         return Weights(found.model, {}, None)
+    return Weights(base_of(run), open_folder(found.model), read_config(run / "config.toml").lora)
+
+
+def base_of(run: Path) -> Path:
+    """The folder with the weights that RUN's adapters belong to. Raises BadInput where it is gone or another."""
+    base = _run_facts(run)["base"]
     its = Path(base["checkpoint"])
     if not (its / "checksums.json").is_file() or _digest(its / "checksums.json") != base["sha256"]:
         raise BadInput(f"{run}: holds adapters of {its}, which is no longer there as it was: bring it back")
-    return Weights(its / "model", open_folder(found.model), read_config(run / "config.toml").lora)
+    return its / "model"
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:

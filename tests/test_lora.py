@@ -360,6 +360,12 @@ def test_stopping_changes_nothing_and_the_base_must_stay(base: Path, chats: Path
     sft(tmp_path / "whole", chats, tmp_path / "all", (*QUICK, "stages.0.sequence_length=48", "train.max_steps=1"))
     with pytest.raises(BadInput, match="holds no adapters"):
         write_adapter(tmp_path / "all", copy)
+    sft(copy, chats, tmp_path / "half", (*asked, "train.max_steps=2"))
+    make_run(tmp_path / "other", model_of(small_tokenizer(), first_k_dense_replace=1), small_tokenizer())
+    shutil.rmtree(copy / "checkpoints")
+    shutil.copytree(tmp_path / "other" / "checkpoints", copy / "checkpoints")  # the base was trained on, or is another
+    with pytest.raises(BadInput, match=r"holds adapters of .* no longer there as it was"):
+        sft(copy, chats, tmp_path / "half", asked)
     shutil.rmtree(copy)
     with pytest.raises(BadInput, match=r"holds adapters of .* no longer there as it was"):
         leanseek.load_model(tmp_path / "whole")

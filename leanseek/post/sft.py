@@ -25,12 +25,12 @@ from leanseek.peft import write_adapter
 from leanseek.plan.count import adaptation, flops_per_token, parameters
 from leanseek.train.setup import build, build_adapted, resting, take_up, train_and_bill
 from leanseek.train.step import train_step
-from leanseek.train.teacher import check_teacher, teacher_of
+from leanseek.train.teacher import Teacher, check_teacher, teacher_of
 
 EPOCHS = 2
 V3_RATES, LARGE = (5e-6, 1e-6), 1e9  # V3's own peak and end, for models that activate so many parameters
 PEAK, END = 0.3, 0.1  # of smaller ones: the peak as a share of pre-training's, and the end as a share of the peak
-ADAPTERS = 10  # times the rate: an adapter of low rank wants about as much more as all of the weights do
+ADAPTERS, ADAPTERS_OF_LARGE = 3, 10  # times the rate that all weights would have; measured when small
 WARM_UP = 0.03  # share of the budget
 
 
@@ -61,10 +61,8 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         )
     with checkpoint.lock(out):
         config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True, begun_with=run)
-        if config.lora is not None:
-            model, optimizers = build_adapted(config, run)
-        else:
-            model, optimizers = build(config)
+        model, optimizers = build(config) if config.lora is None else build_adapted(config, out)
+        if config.lora is None:
             checkpoint.load_newest(run, model)  # weights and routing bias: the optimizers begin anew
         before = _standing(model, answers)
         teacher = teacher_of(config, tokenizer)
@@ -73,16 +71,11 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         def evaluate(stage: int) -> float:
             return answers_bits_per_byte(model, answers).bpb
 
-        # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
-        length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
-        spent = flops_per_token(config.model, length)
-        if config.lora is not None:
-            spent *= 2 / 3  # of the backward pass the half that is for the weights falls away
-        spent += teacher.flops_per_token(length) if teacher else 0.0
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
         moves = "moves" if any(piece.value for piece in config.schedule.bias_speed) else "stays"
         what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out, the routing bias {moves}"
-        flops, step = [spent] * len(config.stages), partial(train_step, teacher=teacher)
+        flops = [_flops_per_token(config, training, teacher)] * len(config.stages)
+        step = partial(train_step, teacher=teacher)
         receipt = train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, step)
         if receipt["ended"] != "interrupted":
             receipt |= {"before": before, "after": _standing(model, answers)}
@@ -96,12 +89,15 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
 def tuned(config: Config, adapters: bool = False) -> Config:
     """A pre-training configuration turned into one for chats, but for the budget, which the chats decide.
 
-    `adapters` are to be trained instead of the weights: by AdamW, at ten times the rate.
+    `adapters` are to be trained instead of the weights: by AdamW, at several times the rate.
     """
     schedule, stage = config.schedule, config.stages[-1]
     peak = PEAK * max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate)
-    peak, end = V3_RATES if parameters(config.model).activated >= LARGE else (peak, END * peak)
-    peak, end = (ADAPTERS * peak, ADAPTERS * end) if adapters else (peak, end)
+    large = parameters(config.model).activated >= LARGE
+    peak, end = V3_RATES if large else (peak, END * peak)
+    if adapters:
+        times = ADAPTERS_OF_LARGE if large else ADAPTERS
+        peak, end = times * peak, times * end
     learning_rate = (
         Piece(until=WARM_UP, value=peak, shape="linear"),
         Piece(until=1, value=end, shape="cosine"),
@@ -164,6 +160,15 @@ def _answers(chats: Chats, tokens: int, tokenizer: Tokenizer) -> Answers:
     """Those of the first chats, up to so many tokens: always the same ones."""
     enough = int(np.searchsorted(np.cumsum(chats.lengths), tokens)) + 1
     return answers_of(map(chats.sample, range(min(enough, len(chats)))), tokenizer)
+
+
+def _flops_per_token(config: Config, chats: Chats, teacher: Teacher | None) -> float:
+    # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
+    length = round(float(np.square(chats.lengths).sum() / chats.lengths.sum()))
+    own = flops_per_token(config.model, length)
+    if config.lora is not None:
+        own *= 2 / 3  # of the backward pass the half that is for the weights falls away
+    return own + (teacher.flops_per_token(length) if teacher else 0.0)
 
 
 def _standing(model: Transformer, answers: Answers) -> dict[str, Any]:

@@ -71,15 +71,12 @@ def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
 
 
 def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimizer]]:
-    """RUN's newest weights, frozen, with new adapters, and the optimizers of those; never is all of it wide.
+    """The weights that RUN's adapters are for, frozen, with new adapters, and the optimizers of those.
 
-    Raises BadInput where RUN holds adapters itself.
+    Never is all of it wide. Raises BadInput where those weights are gone.
     """
     assert config.lora is not None
-    weights = checkpoint.newest_weights(run)
-    if weights.lora is not None:
-        raise BadInput(f"{run}: holds adapters itself: export it, which merges them, import that and tune the import")
-    stored, device = open_folder(weights.folder), config.train.device
+    stored, device = open_folder(checkpoint.base_of(run)), config.train.device
 
     def read(name: str) -> tuple[Tensor, Tensor | None]:
         values, scales = stored[name].read().to(device), stored.get(name + SCALE)
@@ -91,11 +88,14 @@ def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimize
     return model, ready(config, model)
 
 
-def resting(lora: LoraConfig, run: Path) -> LoraConfig:
-    """How the base rests: `auto` is FP8 where RUN's weights came so, else INT8."""
+def resting(lora: LoraConfig, base: Path) -> LoraConfig:
+    """How a base rests: `auto` is FP8 where its weights came so, else INT8. Raises BadInput where it has adapters."""
+    weights = checkpoint.newest_weights(base)
+    if weights.lora is not None:
+        raise BadInput(f"{base}: holds adapters itself: export it, which merges them, import that and tune the import")
     if lora.base != "auto":
         return lora
-    in_fp8 = any(name.endswith(SCALE) for name in open_folder(checkpoint.newest_weights(run).folder))
+    in_fp8 = any(name.endswith(SCALE) for name in open_folder(weights.folder))
     return lora.model_copy(update={"base": "fp8" if in_fp8 else "int8"})
 
 
