@@ -373,7 +373,7 @@ class Weights:
 
     def read(self, released: str, suffix: str = "") -> Tensor:
         """The tensor in the precision it is stored in, or with SCALE the scales beside it."""
-        if not suffix and self._adapter(released):
+        if not suffix and self._adapted(released):
             return self.values(released, self.dtype(released))
         return self._stored(released, suffix)
 
@@ -399,21 +399,23 @@ class Weights:
         place = self.places[released]
         return self.tensors[place.name + suffix].read(place.part, place.parts)
 
+    def _adapted(self, released: str) -> bool:
+        return self.places[released].name.removesuffix(".weight") + A in self.adapters
+
     def _adapter(self, released: str) -> tuple[Tensor, Tensor] | None:
         """A [r, in] and B [out, r] of the tensor, of a stack those of its part; None where it has no adapter."""
+        if not self._adapted(released):
+            return None
         place = self.places[released]
         name = place.name.removesuffix(".weight")
-        if name + A not in self.adapters:
-            return None
-        a, b = self.adapters[name + A].read(), self.adapters[name + B].read()
-        if a.ndim == 2:
-            return a, b
-        expert, matrix = divmod(place.part, place.parts // len(a))
-        return a[expert], b[expert].chunk(place.parts // len(a))[matrix]
+        experts = math.prod(self.adapters[name + A].shape[:-2])
+        a = self.adapters[name + A].read(place.part * experts // place.parts, experts)
+        b = self.adapters[name + B].read(place.part, place.parts)
+        return a.view(-1, a.shape[-1]), b.view(-1, b.shape[-1])
 
     def _quantised(self, released: str) -> tuple[Tensor, Tensor]:
         """With the scales the tensor came with where they still represent every value, else with fresh ones."""
-        if self.dtype(released) == FP8 and not self._adapter(released):
+        if self.dtype(released) == FP8 and not self._adapted(released):
             return self._stored(released), self._stored(released, SCALE)
         values = self.values(released, torch.float32)
         if carried := self.kept.get(released + SCALE):

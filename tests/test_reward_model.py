@@ -22,6 +22,7 @@ from leanseek.hub import export_release
 from leanseek.ops.loss import IGNORE
 from leanseek.post.judge import Judge, Question
 from leanseek.post.reward_model import RewardModel, Scorer, preference_loss, reward, reward_step
+from leanseek.report import report
 from leanseek.serve.llm import LLM
 from leanseek.train.optim import build_optimizers
 from leanseek.train.schedule import Knobs
@@ -234,6 +235,7 @@ def test_a_preference_is_learnt_and_stopping_changes_nothing(
     assert checkpoint.scores(tmp_path / "out")
     with pytest.raises(BadInput, match="is a reward model"):
         LLM.load(tmp_path / "out")
+    assert report([tmp_path / "out"]).is_file()
     with pytest.raises(BadInput, match="reward model, which other tools have no place for"):
         export_release(tmp_path / "out", tmp_path / "exported")
     with pytest.raises(BadInput, match="not a reward model"):
