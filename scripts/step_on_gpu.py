@@ -27,7 +27,7 @@ KNOBS = Knobs(learning_rate=1e-4, batch_tokens=0, bias_speed=0.001, mtp_weight=0
 class Ours:
     def __init__(self, config: Config) -> None:
         self.config = config
-        self.model, self.optimizers = build(config)
+        self.model, self.optimizers, _ = build(config)
 
     def __call__(self, ids: Tensor) -> None:
         train_step(self.model, self.optimizers, ids, ids.roll(-1, dims=1), KNOBS, self.config)

@@ -30,7 +30,7 @@ from leanseek.parallel.pipeline import Pipeline
 from leanseek.parallel.watch import Waits, slowest
 from leanseek.train.average import Average
 from leanseek.train.log import Log
-from leanseek.train.schedule import knobs
+from leanseek.train.schedule import Knobs, knobs
 from leanseek.train.step import ANY, Limits, StepResult, train_step
 
 MOST_ROLLBACKS = 10
@@ -50,6 +50,25 @@ class Batch(Protocol):
     def positions(self) -> NDArray[np.int64] | None: ...  # [count, T] within the sample, None for 0, 1, …
     @property
     def segments(self) -> NDArray[np.int64] | None: ...  # [count, T] whose token it is, None where all see each other
+
+
+class Step(Protocol):
+    """Learns from one batch, all tensors [B, T]; see `train.step`."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        optimizers: list[Optimizer],
+        ids: Tensor,
+        targets: Tensor,
+        knobs: Knobs,
+        config: Config,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        ranks: Ranks = ALONE,
+        limits: Limits = ANY,
+        pipeline: Pipeline | None = None,
+    ) -> StepResult: ...
 
 
 class Batches(Protocol):
@@ -73,7 +92,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_windows: list[tuple[int, int, int]] = field(default_factory=list)  # stage, first sample, sample after
     recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of the newest steps
-    bpb: float | None = None  # the newest validation, and the step it was made at
+    bpb: float | None = None  # the newest validation, of whatever is measured, and the step it was made at
     bpb_step: int | None = None
 
 
@@ -88,13 +107,14 @@ def train(
     log: Log,
     ranks: Ranks = ALONE,
     pipeline: Pipeline | None = None,
+    step: Step = train_step,
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
-    `evaluate(stage)` is the validation bpb at a stage's length; `flops_per_token` is by stage too. The same call on
-    the same RUN goes on from the newest whole checkpoint. All `ranks` call it and agree on everything but the batch:
-    each reads its rows of it. Raises BadInput when training does not recover from non-finite steps, OSError when a
-    checkpoint cannot be written.
+    `evaluate(stage)` is the validation bpb at a stage's length, or what else `log` says is measured; `flops_per_token`
+    is by stage too. `step` is what a batch does to the model. The same call on the same RUN goes on from the newest
+    whole checkpoint. All `ranks` call it and agree on everything but the batch: each reads its rows of it. Raises
+    BadInput when training does not recover from non-finite steps, OSError when a checkpoint cannot be written.
     """
     device = next(model.parameters()).device
     average = None if config.train.ema_decay is None else Average(model, config.train.ema_decay)
@@ -151,7 +171,7 @@ def train(
             measured = ranks.world > 1 and (progress.step + 1) % MEASURED_EVERY == 0
             with Waits(device) if measured else nullcontext() as waits:
                 limits = _limits(progress.recent, config.train.spike)
-                result = train_step(
+                result = step(
                     model, optimizers, ids, targets, now, config, positions, segments, ranks, limits, pipeline
                 )
             if waits is not None and (slow := slowest(ranks.each(waits.own))):
