@@ -64,7 +64,7 @@ class Log:
             "cpu_seconds": at.cpu_seconds,
             "flops": at.flops,
         }
-        self._write(row)
+        self.write(row)
         bpb = "" if self.bpb is None else f" · bpb {self.bpb:.3f}"
         what = (
             f"step {at.step} · loss {result.loss:.3f}{bpb} · {rate:,.0f} tokens/s · {_rate(flops / seconds)} "
@@ -78,11 +78,12 @@ class Log:
 
     def validation(self, step: int, tokens: int, bpb: float) -> None:
         self.bpb = bpb
-        self._write({"step": step, "tokens": tokens, "bpb": bpb})
+        self.write({"step": step, "tokens": tokens, "bpb": bpb})
         self.say(f"step {step} · {tokens:,} tokens · validation {bpb:.4f} bits per byte")
         plot_losses(self.run)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers for TensorBoard."""
         with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         if self.tensorboard is None:

@@ -84,7 +84,7 @@ def train(
     """
     device = next(model.parameters()).device
     progress = _resume(run, model, optimizers, log)
-    clock = _Clock(progress)
+    clock = Clock(progress)
     saved: Progress | None = None if progress.step == 0 else replace(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
 
@@ -101,7 +101,7 @@ def train(
             progress.bpb, progress.bpb_step = evaluate(stage), progress.step
             log.validation(progress.step, progress.tokens, progress.bpb)
 
-    with _signals() as asked_to_stop:
+    with stop_signals() as asked_to_stop:
         while True:
             ending = _ending(config, progress, batches, clock, asked_to_stop)
             # Before a validation, which may take long, and at step 0 too: there is always something to go back to.
@@ -157,7 +157,7 @@ def train(
 
 
 def _ending(
-    config: Config, progress: Progress, batches: Batches, clock: "_Clock", asked_to_stop: list[int]
+    config: Config, progress: Progress, batches: Batches, clock: "Clock", asked_to_stop: list[int]
 ) -> Ending | None:
     """Why to end here, if so; moves on to the next stage when one is used up."""
     while progress.stage < len(config.stages) and progress.sample >= batches.samples(progress.stage):
@@ -219,7 +219,7 @@ def _skipped_until(progress: Progress) -> int | None:
     return None
 
 
-class _Clock:
+class Clock:
     """Wall and CPU seconds of the run: those of earlier processes and this one's."""
 
     def __init__(self, progress: Progress) -> None:
@@ -239,7 +239,7 @@ def _cpu_seconds() -> float:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask for a stop after the step at hand; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
 

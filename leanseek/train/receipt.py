@@ -1,5 +1,6 @@
 """The bill of a run: what it took, what it cost here, and what the same FLOPs would cost where V3 was trained."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ from leanseek.plan.count import h800_cost, parameters
 from leanseek.train.loop import Ending, Progress
 
 
-def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending) -> dict[str, Any]:
+def write_receipt(
+    run: Path, config: Config, progress: Progress, ending: Ending, more: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Writes `receipt.json`; lost and skipped work is in flops, seconds and cost, not in tokens."""
     counted = parameters(config.model)
     hours = progress.seconds / 3600  # one device
@@ -32,6 +35,7 @@ def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending)
         "steps": progress.step,
         "skipped_steps": progress.skipped_steps,
         "ended": ending,
+        **(more or {}),
     }
     write_json(run / "receipt.json", receipt)
     return receipt

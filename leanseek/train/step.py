@@ -58,10 +58,34 @@ def train_step(
         sums += torch.stack(losses).detach().cpu()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
-    parameters = list(model.parameters())
-    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     loss, *further = (sums / torch.tensor(counts)).tolist()
-    finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
+    updated = update(model, optimizers, knobs, config, math.isfinite(loss + sum(further)))
+    return StepResult(
+        loss=loss,
+        mtp_loss=sum(further) / max(depths, 1),
+        balance_loss=updated.balance_loss,
+        grad_norm=updated.grad_norm,
+        max_violation=updated.max_violation,
+        finite=updated.finite,
+    )
+
+
+@dataclass(frozen=True)
+class Updated:
+    balance_loss: float
+    grad_norm: float  # before clipping
+    max_violation: float
+    finite: bool
+
+
+def update(
+    model: Transformer, optimizers: list[Optimizer], knobs: Knobs, config: Config, finite: bool = True
+) -> Updated:
+    """Clips and takes the gradients that are there, and moves the biases, unless the loss (`finite`) or one of them is
+    not finite; then clears them and what the routers counted."""
+    parameters, routers = list(model.parameters()), model.routers().values()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    finite = finite and math.isfinite(norm.item())
     if finite:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
         set_learning_rate(optimizers, knobs.learning_rate)
@@ -75,9 +99,7 @@ def train_step(
                 router.e_score_correction_bias.copy_(bias)
         if config.optimizer.qk_clip is not None:
             qk_clip(model, config.optimizer.qk_clip)
-    result = StepResult(
-        loss=loss,
-        mtp_loss=sum(further) / max(depths, 1),
+    updated = Updated(
         balance_loss=sum(router.balance_loss.item() for router in routers),
         grad_norm=norm.item(),
         max_violation=max((max_violation(router.load) for router in routers), default=0.0),
@@ -89,7 +111,7 @@ def train_step(
     forget_logits(model)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return result
+    return updated
 
 
 def loss_sums(
