@@ -280,7 +280,8 @@ def _train(
             learnt = Learnt()
             if seen.equal_groups * settings.group < len(seen.answers) or (seen.answers and reference is not None):
                 rewards = torch.tensor(seen.rewards, dtype=torch.float64)
-                learnt = learn(model, optimizers, reference, seen.answers, rewards, now, config, settings)
+                closed = explorer.rollouts.closed
+                learnt = learn(model, optimizers, reference, seen.answers, rewards, closed, now, config, settings)
                 explorer.rollouts.refresh()
             if seen.equal_groups * settings.group >= len(seen.answers):
                 log.say(f"step {progress.step + 1}: {NOTHING}")

@@ -64,7 +64,7 @@ def policy_terms(
     learnt from in the whole step, over all micro-batches and ranks.
     """
     learnt = mask.to(logprobs.dtype)
-    own, old, drawn = (torch.where(mask, values, 0.0) for values in (logprobs, old, drawn))
+    own, old, drawn = (torch.where(mask, values, 0.0) for values in (logprobs, old, drawn.to(logprobs.dtype)))
     reference = None if reference is None else torch.where(mask, reference, 0.0)
     weight = learnt * shares(learnt, answers, tokens, config)
     if config.ratio == "sequence":  # probabilities of whole answers: those of their tokens multiply

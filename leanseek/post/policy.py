@@ -45,8 +45,8 @@ def padded(answers: Sequence[Answer], device: torch.device) -> Padded:
         mask[row, own], drawn[row, own] = True, torch.tensor(answer.logprobs)
         if experts is not None and answer.experts is not None:
             experts[row, own] = answer.experts.to(torch.int64)
-    everything = (ids, targets, mask, drawn)
-    return Padded(*(tensor.to(device) for tensor in everything), None if experts is None else experts.to(device))
+    there = None if experts is None else experts.to(device)
+    return Padded(ids.to(device), targets.to(device), mask.to(device), drawn.to(device), there)
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,11 @@ class Judged:
     experts: Tensor | None  # [m, L, K]
 
 
-def judge(model: Transformer, rows: Padded, replay: bool = False) -> Judged:
+def judge(model: Transformer, rows: Padded, closed: Tensor, replay: bool = False) -> Judged:
     """What the model thinks of every answer's tokens, with gradients where those are on.
 
-    replay: the answers' tokens go to the experts that the engine told, whatever the routers would choose.
+    closed: ids that are never drawn. replay: the answers' tokens go to the experts that the engine told, whatever the
+    routers would choose.
     """
     assert model.lm_head is not None
     main = {name: router for name, router in model.routers().items() if name.startswith("layers.")}
@@ -73,7 +74,7 @@ def judge(model: Transformer, rows: Padded, replay: bool = False) -> Judged:
     finally:
         for router in main.values():
             router.given = None
-    logprobs, entropy = token_logprobs(hidden[rows.mask], model.lm_head.weight, rows.targets[rows.mask])
+    logprobs, entropy = token_logprobs(hidden[rows.mask], model.lm_head.weight, rows.targets[rows.mask], closed)
     spread = torch.zeros(rows.mask.shape, dtype=logprobs.dtype, device=logprobs.device)
     spread[rows.mask] = logprobs
     experts = None

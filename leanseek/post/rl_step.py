@@ -45,11 +45,15 @@ def learn(
     reference: Transformer | None,
     answers: Sequence[Answer],
     rewards: Tensor,
+    closed: Tensor,
     knobs: Knobs,
     config: Config,
     settings: GRPOConfig,
 ) -> Learnt:
-    """Updates the model on groups of answers, one group behind the other, and their rewards [n]."""
+    """Updates the model on groups of answers, one group behind the other, and their rewards [n].
+
+    closed: ids that are never drawn, whoever draws.
+    """
     model.eval()
     gains = advantages(rewards, settings.group, settings.divide_by_std)
     numbers = [i for i, answer in enumerate(answers) if not (answer.cut and settings.drop_cut)]
@@ -65,15 +69,15 @@ def learn(
         with torch.no_grad():
             for some in (some for part in micro for some in part):
                 rows = padded([answers[i] for i in some], device)
-                old[some] = judge(model, rows, settings.router_replay).logprobs
+                old[some] = judge(model, rows, closed, settings.router_replay).logprobs
     told, seen = Learnt(), _Seen(model.config.n_routed_experts)
     for part, pieces in zip(parts, micro, strict=True):
         counted = sum(len(answers[i].tokens) for i in part)
         for some in pieces:
             rows = padded([answers[i] for i in some], device)
-            here = judge(model, rows, settings.router_replay)
+            here = judge(model, rows, closed, settings.router_replay)
             with torch.no_grad():
-                held_to = None if reference is None else judge(reference, rows).logprobs
+                held_to = None if reference is None else judge(reference, rows, closed).logprobs
             before = old.get(some, here.logprobs.detach())
             terms = policy_terms(
                 here.logprobs, before, held_to, rows.drawn, gains[list(some)].to(device, here.logprobs.dtype),

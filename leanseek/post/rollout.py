@@ -53,6 +53,10 @@ class Interrupted(Exception):
 
 
 class Rollouts(Protocol):
+    @property
+    def closed(self) -> Tensor:
+        """Ids that it never draws: the others share their probability."""
+
     def refresh(self) -> None:
         """From here on, answers are drawn from the weights as they are now."""
 
@@ -116,6 +120,10 @@ class EngineRollouts:
         self.engine = Engine(
             model, tokenizer, max_running=at_once, chunk=PROMPTS_READ, speculate=False, tell_experts=True
         )
+
+    @property
+    def closed(self) -> Tensor:
+        return self.engine.closed
 
     def refresh(self) -> None:
         self.engine.take_over(self.model.state_dict())

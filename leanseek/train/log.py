@@ -91,7 +91,7 @@ class Log:
 
             self.tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=row["step"])
         for name, value in row.items():
-            if name not in ("step", "seconds", "cpu_seconds", "flops"):
+            if value is not None and name not in ("step", "seconds", "cpu_seconds", "flops"):
                 self.tensorboard.add_scalar(name, value, row["step"])
 
 
