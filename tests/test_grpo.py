@@ -1,19 +1,16 @@
 """GRPO: the objective against closed forms and loops, the step against a slow twin, the engine against the trainer."""
 
 import copy
-import itertools
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from leanseek.config import BadInput, Config, GRPOConfig
-from leanseek.model.moe import watched
+from leanseek.config import GRPOConfig
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import token_logprobs
 from leanseek.post import rl_step
@@ -150,9 +147,13 @@ def chances(model: Transformer, answer: Answer) -> list[Tensor]:
 
 
 def slow_loss(
-    now: list[list[Tensor]], old: list[list[float]], reference: list[list[float]], answers: Sequence[Answer],
-    gains: Sequence[float], s: GRPOConfig,
-) -> Tensor:  # fmt: skip
+    now: list[list[Tensor]],
+    old: list[list[float]],
+    reference: list[list[float]],
+    answers: Sequence[Answer],
+    gains: Sequence[float],
+    s: GRPOConfig,
+) -> Tensor:
     """The objective as the papers write it, answer by answer, token by token."""
     learnt = [i for i, answer in enumerate(answers) if not (s.drop_cut and answer.cut)]
     total, tokens = torch.zeros((), dtype=torch.float64), sum(len(answers[i].tokens) for i in learnt)
@@ -185,8 +186,13 @@ def slow_loss(
 
 
 def slow_step(
-    model: Transformer, reference: Transformer, answers: Sequence[Answer], rewards: Sequence[float], s: GRPOConfig, rate: float
-) -> None:  # fmt: skip
+    model: Transformer,
+    reference: Transformer,
+    answers: Sequence[Answer],
+    rewards: Sequence[float],
+    s: GRPOConfig,
+    rate: float,
+) -> None:
     """Plain gradient descent on the objective, `updates` times, each on its share of the groups."""
     gains: list[float] = []
     for first in range(0, len(answers), s.group):
@@ -210,7 +216,9 @@ def slow_step(
                     parameter.grad = None
 
 
-def stepped(model: Transformer, reference: Transformer, answers: list[Answer], rewards: list[float], s: GRPOConfig, rate: float) -> Learnt:  # fmt: skip
+def stepped(
+    model: Transformer, reference: Transformer, answers: list[Answer], rewards: list[float], s: GRPOConfig, rate: float
+) -> Learnt:
     """The same by `learn`, in micro-batches of three."""
     base = config_of(model)
     config = base.model_copy(
@@ -287,3 +295,118 @@ def test_planted_faults_are_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     what, fault, options = FAULTS[name]
     monkeypatch.setattr(rl_step, what, fault)
     assert both(options) > 1e-3
+
+
+# ── the head, piece by piece ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_token_logprobs_are_autograds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("leanseek.ops.loss._LOGITS_IN_CACHE", 33 * 4)  # four tokens at a time
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 8, dtype=torch.float64, generator=generator) for n in (11, 33))
+    targets, closed = torch.randint(3, 33, (11,), generator=generator), torch.tensor([0, 2])
+    scale = torch.randn(11, dtype=torch.float64, generator=generator)
+    ways = []
+    for way in (token_logprobs, plainly):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logprobs, entropy = way(h, w, targets, closed)
+        (logprobs * scale).sum().backward()
+        ways.append((logprobs, entropy, h.grad, w.grad))
+    for one, other in zip(*ways, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+    assert not ways[0][1].requires_grad
+
+
+def plainly(hidden: Tensor, weight: Tensor, targets: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+    is_open = [i for i in range(len(weight)) if i not in closed.tolist()]
+    logprobs = (hidden @ weight.T)[:, is_open].log_softmax(dim=-1)
+    places = torch.tensor([is_open.index(target) for target in targets.tolist()])
+    entropy = -(logprobs.exp() * logprobs).sum(dim=-1).detach()
+    return logprobs.gather(1, places[:, None]).squeeze(1), entropy
+
+
+# ── the engine and the trainer ────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def drawing() -> tuple[Transformer, EngineRollouts, list[Question]]:
+    """A model with experts in both layers, an engine over it, and questions of several lengths."""
+    vocabulary = tokenizer()
+    model = model_of(vocabulary, num_hidden_layers=2)
+    rollouts = EngineRollouts(model, vocabulary, 10, (), 5)  # fewer side by side than there are answers
+    texts = ("A small fox", "Nobody saw", "Later the rain came, and the fox slept under the old wall until")
+    return model, rollouts, [Question([vocabulary.bos_id, *vocabulary.encode(text)], {}, "") for text in texts]
+
+
+def drawn(rollouts: EngineRollouts, questions: Sequence[Question], group: int = 4) -> list[Answer]:
+    asked = [question for question in questions for _ in range(group)]
+    return rollouts.draw(asked, range(len(asked)), 1.0, lambda: False)
+
+
+def test_engine_and_trainer_agree_after_every_optimizer_step(
+    drawing: tuple[Transformer, EngineRollouts, list[Question]],
+) -> None:
+    model, rollouts, questions = drawing
+    config = config_of(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    stale = copy.deepcopy(model.state_dict())
+
+    def step() -> Learnt:
+        answers = drawn(rollouts, questions)
+        rewards = torch.tensor([float(i % 3) for i in range(len(answers))], dtype=torch.float64)
+        knobs = Knobs(1e-2, 1, 0.0, 0.0)
+        return learn(model, [optimizer], None, answers, rewards, rollouts.closed, knobs, config, settings(kl_weight=0))
+
+    gaps = []
+    for _ in range(4):
+        gaps.append(step().logprob_gap)
+        rollouts.refresh()
+    assert max(gaps) < 1e-4
+    assert min(gaps) > 0  # another order of sums: it is not the same number twice
+    assert step().logprob_gap < 1e-4
+    assert step().logprob_gap > 1e-2  # the engine was not told of the step before
+    model.load_state_dict(stale)
+    rollouts.refresh()
+
+
+def test_the_engine_tells_the_experts_that_the_trainer_finds(
+    drawing: tuple[Transformer, EngineRollouts, list[Question]],
+) -> None:
+    model, rollouts, questions = drawing
+    answers = drawn(rollouts, questions)
+    rows = padded(answers, torch.device("cpu"))
+    with torch.no_grad():
+        here = judge(model, rows, rollouts.closed)
+    assert rows.experts is not None
+    assert here.experts is not None
+    told = rows.experts[rows.mask]
+    assert told.shape == (sum(len(answer.tokens) for answer in answers), 2, model.config.num_experts_per_tok)
+    assert not differ(told, here.experts).any()
+    assert differ(told.roll(1, dims=0), here.experts).float().mean() > 0.5  # another token's are others
+
+
+def test_replay_sends_tokens_where_the_engine_sent_them(
+    drawing: tuple[Transformer, EngineRollouts, list[Question]],
+) -> None:
+    model, rollouts, questions = drawing
+    answers = drawn(rollouts, questions[:1])
+    elsewhere = [answer_with(answer, (answer.experts + 1) % 8) for answer in answers if answer.experts is not None]
+    rows = padded(elsewhere, torch.device("cpu"))
+    free, replayed = (judge(model, rows, rollouts.closed, replay) for replay in (False, True))
+    assert rows.experts is not None
+    assert replayed.experts is not None
+    assert not differ(rows.experts[rows.mask], replayed.experts).any()
+    assert not torch.allclose(free.logprobs, replayed.logprobs, atol=1e-2)
+    again = judge(model, rows, rollouts.closed)  # the routers are free again
+    assert torch.equal(again.logprobs, free.logprobs)
+    own = padded(answers, torch.device("cpu"))
+    true = judge(model, own, rollouts.closed, replay=True)
+    torch.testing.assert_close(true.logprobs, free.logprobs)
+    true.logprobs.sum().backward()
+    gates = [router.weight.grad for name, router in model.routers().items() if name.startswith("layers.")]
+    assert all(grad is not None and grad.abs().max() > 0 for grad in gates)  # weights of given experts still learn
+    model.zero_grad()
+
+
+def answer_with(answer: Answer, experts: Tensor) -> Answer:
+    return Answer(answer.question, answer.text, answer.tokens, answer.logprobs, experts, answer.cut)

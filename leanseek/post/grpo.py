@@ -11,6 +11,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -80,10 +81,11 @@ def grpo(
     tokenizer, chat = Tokenizer.load(run / "tokenizer"), checkpoint.chats(run)
     questions = _questions(file, config, tokenizer, chat)
     held_out = None if dev is None else _questions(dev, config, tokenizer, chat)
-    with checkpoint.lock(out), Verifier() as verifier:
+    with Verifier() as verifier, ExitStack() as stack:
         if any(question.row["verify"] == "code" for question in questions.items):
             _ = verifier.sandbox  # where there are no walls, nothing shall be asked in vain
         every = [*rules(settings_of(config), verifier), *rewards]
+        stack.enter_context(checkpoint.lock(out))
         config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=chat, begun_with=run)
         settings = settings_of(config)
         model, optimizers = build(config)
@@ -241,6 +243,7 @@ def _train(
     """
     settings = explorer.settings
     progress = _resume(run, model, optimizers, log)
+    explorer.rollouts.refresh()
     reference = _reference(run, progress, model, begun_with) if settings.kl_weight else None
     clock = Clock(progress)
     saved: RLProgress | None = None if progress.step == 0 else replace(progress)
