@@ -44,6 +44,7 @@ from leanseek.post.rewards import Correct, Reward, earned, rules
 from leanseek.post.rl_log import RLLog, cut_samples, plot
 from leanseek.post.rl_step import Learnt, learn
 from leanseek.post.rollout import Answer, EngineRollouts, Interrupted, Questions, Rollouts
+from leanseek.post.vllm import VLLMRollouts
 from leanseek.train.loop import Clock, Ending, Progress, stop_signals
 from leanseek.train.receipt import write_receipt
 from leanseek.train.schedule import Knobs, knobs
@@ -90,7 +91,7 @@ def grpo(
         settings = settings_of(config)
         model, optimizers = build(config)
         checkpoint.load_model_weights(weights.model, model)  # the optimizers begin anew
-        rollouts = _rollouts(out, config, model, tokenizer, questions)
+        rollouts = _rollouts(run, out, config, model, tokenizer, questions.stop)
 
         def validate() -> list[bool]:
             assert held_out is not None
@@ -442,10 +443,16 @@ def _questions(file: Path, config: Config, tokenizer: Tokenizer, chat: bool) -> 
     return questions
 
 
-def _rollouts(out: Path, config: Config, model: Transformer, tokenizer: Tokenizer, questions: Questions) -> Rollouts:
-    settings, how = settings_of(config), config.rollout
+def _rollouts(
+    run: Path, out: Path, config: Config, model: Transformer, tokenizer: Tokenizer, stop: tuple[str, ...]
+) -> Rollouts:
+    most, how = settings_of(config).max_tokens, config.rollout
     assert how is not None
-    return EngineRollouts(model, tokenizer, settings.max_tokens, questions.stop, how.at_once)
+    match how.engine:
+        case "leanseek":
+            return EngineRollouts(model, tokenizer, most, stop, how.at_once)
+        case "vllm":
+            return VLLMRollouts(model, tokenizer, run / "tokenizer", config, most, stop, out / "rollout")
 
 
 def _warn(line: str) -> None:
