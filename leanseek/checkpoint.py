@@ -20,6 +20,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -105,18 +106,20 @@ def create_run(
     data: Path,
     chats: bool = False,
     begun_with: Path | None = None,
+    scores: bool = False,
 ) -> None:
     """Make RUN hold `config`, a copy of the tokenizer's folder, the place of its data and an empty `checkpoints/`.
 
     `chats` says that the run was taught to answer: a prompt then goes through the chat template unless asked raw.
-    `begun_with` is the run whose weights it starts from: what came with those when they were imported comes along.
+    `scores` says that it is a reward model. `begun_with` is the run whose weights it starts from: what came with those
+    when they were imported comes along.
     """
     _make_folder(run)
     if is_import(run):  # has its tokenizer; until its data are noted, last, it may be begun otherwise
         _write_whole(run / "config.toml", to_toml(config).encode())
         _write_facts(run, data_fingerprint, str(data.absolute()), chats)
         return
-    _write_facts(run, data_fingerprint, str(data.absolute()), chats)
+    _write_facts(run, data_fingerprint, str(data.absolute()), chats, scores)
     _make_folder(run / "checkpoints")
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     if begun_with is not None and (begun_with / "released").is_dir():
@@ -167,6 +170,12 @@ def chats(run: Path) -> bool:
     """Whether an existing run was taught to answer in chats. Raises BadInput."""
     read_run(run)
     return bool(_run_facts(run)["chats"])
+
+
+def scores(run: Path) -> bool:
+    """Whether an existing run is a reward model, which scores chats and says nothing. Raises BadInput."""
+    read_run(run)
+    return bool(_run_facts(run).get("scores"))
 
 
 def cut_metrics(run: Path, step: int, validated: int | None) -> dict[str, float]:
@@ -263,6 +272,15 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if found:
         raise BadInput(f"{run}: none of its {len(found)} checkpoints is whole: start again in a new folder")
     return None
+
+
+def load_newest(run: Path, model: nn.Module) -> Checkpoint:
+    """Fill `model` with the newest weights of RUN, whatever they are stored in. Raises BadInput."""
+    found = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
+    if found is None:
+        raise BadInput(f"{run}: has no checkpoint yet: train it first")
+    load_model_weights(found.model, model)
+    return found
 
 
 def load(checkpoint: Checkpoint, model: nn.Module, optimizers: list[Optimizer]) -> dict[str, Any]:
@@ -487,9 +505,9 @@ def _as_released(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
     return model.model_copy(update=told)
 
 
-def _write_facts(run: Path, data_fingerprint: str | None, data: str | None, chats: bool) -> None:
+def _write_facts(run: Path, data_fingerprint: str | None, data: str | None, chats: bool, scores: bool = False) -> None:
     facts = {"format_version": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "data": data, "chats": chats}
-    write_json(run / "run.json", facts)
+    write_json(run / "run.json", facts | ({"scores": True} if scores else {}))
 
 
 def _make_folder(path: Path) -> None:

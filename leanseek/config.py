@@ -130,6 +130,13 @@ class ModelConfig(Section):
         return layer >= self.first_k_dense_replace
 
 
+# The matrices of a block, by the names of released files: what adapters may stand beside.
+LINEAR = (
+    *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+
+
 # ── the training sections ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -215,6 +222,32 @@ class Stage(Section):
         return self
 
 
+class TeacherConfig(Section):
+    """A larger run of the same tokenizer to learn from: its `top_k` likeliest tokens at every place (report §5.4.1)."""
+
+    run: str
+    top_k: int = Field(64, gt=0)
+    weight: float = Field(0.5, gt=0, le=1)  # of the divergence from it; the rest is the text's own cross-entropy
+
+
+class LoraConfig(Section):
+    """Adapters of low rank beside frozen weights, which rest in 8 bits; V2-Lite is tuned on one GPU so."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(32, gt=0)  # what an adapter says is scaled by alpha / rank
+    modules: tuple[str, ...] = Field(LINEAR, min_length=1)
+    experts: bool = False  # adapters of the routed experts too, one pair for each matrix
+    # how the frozen weights rest; auto: FP8 where they came so, else INT8, frozen in the run
+    base: Literal["auto", "fp8", "int8", "unchanged"] = "auto"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name in self.modules:
+            if name not in LINEAR:
+                raise ValueError(f"modules: no layer is called {name!r}{nearest(name, list(LINEAR))}")
+        return self
+
+
 class CostConfig(Section):
     device: str = "this machine"
     usd_per_device_hour: float = Field(0.1, ge=0)
@@ -246,6 +279,12 @@ class GRPOConfig(Section):
     router_replay: bool = False  # train every token with the experts that it met when it was drawn
     correct: float = Field(1.0, ge=0)  # what a right answer earns
     format: float = Field(0.0, ge=0)  # what thoughts inside their tags, with an answer behind, earn
+    language: float = Field(0.0, ge=0)  # what thoughts in the question's script earn, by their share of the words
+    reward_model: str = ""  # a run of `leanseek reward` that scores every answer …
+    reward_model_weight: float = Field(1.0, gt=0)
+    judge_url: str = ""  # … and the base address of an OpenAI-compatible endpoint whose model grades it, 0 to 1
+    judge_model: str = ""
+    judge_weight: float = Field(1.0, gt=0)
     samples_shown: int = Field(2, ge=0)  # answers of a step that are kept as text
 
 
@@ -270,6 +309,8 @@ class Config(Section):
     grpo: GRPOConfig | None = None
     rollout: RolloutConfig | None = None
     cost: CostConfig = CostConfig()
+    teacher: TeacherConfig | None = None
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

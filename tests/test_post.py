@@ -466,8 +466,10 @@ def test_the_configuration_is_pretrainings_tuned_down() -> None:
     assert {(now.bias_speed, now.mtp_weight, now.batch_tokens) for now in at.values()} == {(0.0, 0.1, 4096)}
     assert (config.train.max_steps, config.train.balance_loss_alpha, config.data.fim_rate) == (None, 0.0, 0.0)
     assert config.stages == (Stage(sequence_length=256),)
-    of_v3 = tuned(read_recipe("v3"))  # whose curves are over tokens
-    assert knobs(of_v3.schedule, 3e4, 10**6).learning_rate == pytest.approx(0.3 * 2.2e-4)
+    for large in ("v2-lite", "v3"):  # at that size V3's own (report §5.1)
+        schedule = tuned(read_recipe(large)).schedule
+        rates = [knobs(schedule, share * 1e6, 10**6).learning_rate for share in (0.03, 0.515, 1.0)]
+        assert rates == pytest.approx([5e-6, 3e-6, 1e-6])
 
 
 def test_it_begins_with_the_weights_alone_and_keeps_the_bias(run: Path, data: Path, tmp_path: Path) -> None:

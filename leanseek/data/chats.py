@@ -97,27 +97,27 @@ def read_chats(file: Path, tokenizer: Tokenizer) -> Chats:
         for number, row in enumerate(batch.rows, batch.first):
             if row.strip():
                 where = f"{file} line {number}"
-                chats.append((where, _messages(row, where)))
-        for (_, messages), (numbers, answers) in zip(chats, _encoded(chats, tokenizer), strict=True):
+                chats.append((where, messages_of(row, where)))
+        for (_, messages), (numbers, answers) in zip(chats, encoded(chats, tokenizer), strict=True):
             mask = np.zeros(len(numbers), bool)
             for first, after in answers:
                 mask[first:after] = True
             ids.append(np.array(numbers, token_dtype(tokenizer.vocab_size)))
             learnt.append(mask)
-            keys.append(_key(messages))
+            keys.append(key_of(messages))
     if not ids:
         raise BadInput(f"{file}: there is no chat in it")
     starts = np.concatenate([[0], np.cumsum([len(numbers) for numbers in ids])])
     return Chats(np.concatenate(ids), np.concatenate(learnt), starts, np.array(keys, np.uint64))
 
 
-def held_out(keys: np.ndarray) -> np.ndarray:
+def held_out(keys: np.ndarray, share: float = HELD_OUT) -> np.ndarray:
     """Which chats [C] are for validation: about 2% of the different ones, one at least and 500 at most, by their hash.
 
     A chat that is there twice goes to one side only.
     """
     different = np.unique(keys)
-    count = min(max(int((different < np.uint64(HELD_OUT * 2**64)).sum()), 1), MOST_HELD_OUT)
+    count = min(max(int((different < np.uint64(share * 2**64)).sum()), 1), MOST_HELD_OUT)
     return keys <= different[count - 1]
 
 
@@ -165,7 +165,7 @@ class ChatLoader:
         return shuffled(len(self.rows(stage)), self.seed, ORDER, stage, epoch)
 
 
-def _messages(row: bytes, where: str) -> list[dict[str, Any]]:
+def messages_of(row: bytes, where: str) -> list[dict[str, Any]]:
     """The messages of one line, in either of the two forms."""
     try:
         chat = json.loads(row)
@@ -190,9 +190,10 @@ def _messages(row: bytes, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _encoded(
+def encoded(
     chats: list[tuple[str, list[dict[str, Any]]]], tokenizer: Tokenizer
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """`encode_chat_turns` of chats, each with where it stands: ids, and the places of the answers. Raises BadInput."""
     try:
         return tokenizer.encode_chat_turns([messages for _, messages in chats])
     except BadInput:
@@ -204,6 +205,7 @@ def _encoded(
         raise
 
 
-def _key(messages: list[dict[str, Any]]) -> int:
+def key_of(messages: list[dict[str, Any]]) -> int:
+    """A hash of what a chat says."""
     said = json.dumps(messages, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")

@@ -1,6 +1,6 @@
-"""Cross-entropy of the output head without the full logits, always a sum: means are taken once, over the global batch.
+"""The output head's losses without the full logits, always a sum: means are taken once, over the global batch.
 
-N tokens · D width · V vocabulary. A target of IGNORE adds nothing to the sum.
+N tokens · D width · V vocabulary · k likeliest tokens. A target of IGNORE adds nothing to the sum.
 """
 
 import math
@@ -70,6 +70,64 @@ class _TokenLogprobs(torch.autograd.Function):
         return grad_hidden, grad_weight, None, None
 
 
+@torch.no_grad()
+def likeliest(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of each row and their log-probabilities among all: hidden [N, D], weight [V, D] → [N, k]
+    twice, in at least FP32."""
+    ids, logprobs, weight = [], [], weight.to(hidden.dtype)
+    for rows in _pieces(hidden, weight.shape[0]):
+        best = _logits(hidden[rows], weight).log_softmax(dim=-1).topk(k, dim=-1)
+        ids.append(best.indices)
+        logprobs.append(best.values)
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+def linear_divergence(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Σ KL(p ‖ softmax(hidden weightᵀ)) where of p only the k likeliest tokens are known, a scalar in at least FP32.
+
+    hidden [N, D], weight [V, D], ids and logprobs [N, k]. All other tokens are taken as one, whose probability is what
+    the known ones leave: a bound from below of the divergence over all of them, which is 0 where the two agree, and
+    the divergence itself when k is V. Were p made to sum to one over its k, the student would learn to close the rest.
+    """
+    return _LinearDivergence.apply(hidden, weight, ids, logprobs)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """In pieces, with each piece's gradient at once, as below."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        narrow = weight.to(hidden.dtype)
+        for rows in _pieces(hidden, weight.shape[0]):
+            logits = _logits(hidden[rows], narrow)
+            own, known = logits.log_softmax(dim=-1), logprobs[rows].to(logits.dtype)
+            p = known.exp()
+            beyond_p = (1 - p.sum(dim=-1, keepdim=True)).clamp(min=0)  # [piece, 1]
+            beyond = own.exp().scatter(1, ids[rows], 0.0)  # the student's probabilities of all other tokens
+            beyond_q = beyond.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+            total += (p * (known - own.gather(1, ids[rows]))).sum()
+            total += (torch.xlogy(beyond_p, beyond_p) - beyond_p * beyond_q.log()).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits is q − p, where beyond the known ones p is shared out as q is, [piece, V]
+            error = own.exp() - (beyond * (beyond_p / beyond_q)).scatter_add_(1, ids[rows], p)
+            error = error.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = error @ narrow
+            if grad_weight is not None:
+                grad_weight += error.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -105,4 +163,4 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
 def _pieces(hidden: Tensor, vocabulary: int) -> list[slice]:
     values = min(_LOGITS_AT_ONCE, _LOGITS_IN_CACHE) if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
     rows, step = hidden.shape[0], max(1, values // vocabulary)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]

@@ -40,15 +40,16 @@ from leanseek.eval.verify import Verifier
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import flops_per_token
 from leanseek.post.objective import all_equal
-from leanseek.post.rewards import Correct, Reward, earned, rules
+from leanseek.post.rewards import Correct, Reward, asked_for, earned
 from leanseek.post.rl_log import RLLog, cut_samples, plot
 from leanseek.post.rl_step import Learnt, learn
 from leanseek.post.rollout import Answer, EngineRollouts, Interrupted, Questions, Rollouts
+from leanseek.post.sft import check_overrides, tokenizer_of
 from leanseek.post.vllm import VLLMRollouts
 from leanseek.train.loop import Clock, Ending, Progress, stop_signals
 from leanseek.train.receipt import write_receipt
 from leanseek.train.schedule import Knobs, knobs
-from leanseek.train.setup import build, take_up
+from leanseek.train.setup import build, settled, take_up
 
 RATE = 0.03  # the learning rate as a share of pre-training's peak
 WARM_UP = 0.05  # share of the steps
@@ -76,21 +77,21 @@ def grpo(
     begun_with = checkpoint.read_run(run)
     config = parse(to_toml(tuned(begun_with)), f"grpo of {run}", list(overrides))
     _check(config, begun_with, run)
-    weights = checkpoint.newest(run, _warn)
-    if weights is None:
+    tokenizer, chat = tokenizer_of(run, config), checkpoint.chats(run)
+    if checkpoint.newest(run, _warn) is None:
         raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
-    tokenizer, chat = Tokenizer.load(run / "tokenizer"), checkpoint.chats(run)
     questions = _questions(file, config, tokenizer, chat)
     held_out = None if dev is None else _questions(dev, config, tokenizer, chat)
     with Verifier() as verifier, ExitStack() as stack:
         if any(question.row["verify"] == "code" for question in questions.items):
             _ = verifier.sandbox  # where there are no walls, nothing shall be asked in vain
-        every = [*rules(settings_of(config), verifier), *rewards]
+        device = settled(config.train).device
+        every = [*asked_for(settings_of(config), verifier, tokenizer, device), *rewards]
         stack.enter_context(checkpoint.lock(out))
         config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=chat, begun_with=run)
         settings = settings_of(config)
         model, optimizers = build(config)
-        checkpoint.load_model_weights(weights.model, model)  # the optimizers begin anew
+        weights = checkpoint.load_newest(run, model)  # the optimizers begin anew
         rollouts = _rollouts(run, out, config, model, tokenizer, questions.stop)
 
         def validate() -> list[bool]:
@@ -109,8 +110,10 @@ def grpo(
             )
             if progress.step:
                 plot(out)
-        more = {"answers": progress.answers, "reward": progress.reward, "dev": progress.dev}
-        return write_receipt(out, config, progress, ending, more)
+        receipt = write_receipt(out, config, progress, ending)
+        receipt |= {"answers": progress.answers, "reward": progress.reward, "dev": progress.dev}
+        checkpoint.write_json(out / "receipt.json", receipt)
+        return receipt
 
 
 def tuned(config: Config) -> Config:
@@ -137,6 +140,8 @@ def tuned(config: Config) -> Config:
             "schedule": schedule,
             "data": DataConfig(),
             "stages": (config.stages[-1].model_copy(update={"share": 1.0, "mixture": {}}),),
+            "teacher": None,
+            "lora": None,
             "grpo": GRPOConfig(),
             "rollout": RolloutConfig(),
         }
@@ -417,10 +422,9 @@ def _reference_folder(run: Path, step: int) -> Path:
 
 def _check(config: Config, begun_with: Config, run: Path) -> None:
     where = f"grpo of {run}"
-    if config.model != begun_with.model:
-        raise BadInput(f"{where}: the model is the run's own: leave model.* out")
-    if config.data != DataConfig() or any(stage.mixture for stage in config.stages):
-        raise BadInput(f"{where}: questions are neither mixed nor packed like text: leave data.* and mixtures out")
+    check_overrides(config, begun_with, where)
+    if config.teacher is not None or config.lora is not None:
+        raise BadInput(f"{where}: neither a teacher nor adapters here: leave teacher.* and lora.* out")
     if config.train.balance_loss_alpha or any(piece.value for piece in config.schedule.bias_speed):
         raise BadInput(f"{where}: experts are not balanced here: leave balance_loss_alpha and bias_speed out")
     if config.grpo is None or config.rollout is None:

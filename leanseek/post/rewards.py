@@ -1,21 +1,22 @@
-"""What answers earn (report §5.2.1): rules wherever there are any, as they cannot be talked round.
+"""What answers earn (report §5.2.1): rules wherever there are any, as they cannot be talked round; else a reward model.
 
-A reward is anything with a name that takes answers and returns a number for each, or None where it could not tell.
-Code is run in the sandbox of `eval/sandbox.py`, and nowhere else.
+A reward is anything with a name and a weight that takes answers and returns a number for each, or None where it could
+not tell. Code is run in the sandbox of `eval/sandbox.py`, and nowhere else.
 """
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 from leanseek.config import BadInput, GRPOConfig
-from leanseek.data.tokenizer import THINK
+from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.verify import Verifier
+from leanseek.post import judge
+from leanseek.post.replies import language_share, parts_of
+from leanseek.post.reward_model import Scorer
 from leanseek.post.rollout import Answer
-
-THOUGHTS = re.compile(rf"\s*{THINK[0]}(?P<thoughts>.*?){THINK[1]}(?P<answer>.*)", re.DOTALL)
 
 
 class Reward(Protocol):
@@ -31,7 +32,7 @@ class Reward(Protocol):
 
 @dataclass(frozen=True)
 class Correct:
-    """1 where the verifier finds the answer right. Thoughts are not judged; those without an end are no answer."""
+    """1 where the verifier finds the answer right. Thoughts are not judged, and those without an end are no answer."""
 
     verifier: Verifier
     weight: float = 1.0
@@ -41,13 +42,8 @@ class Correct:
         return [float(self.right(answer)) for answer in answers]
 
     def right(self, answer: Answer) -> bool:
-        text = answer.text
-        if text.lstrip().startswith(THINK[0]):
-            found = THOUGHTS.fullmatch(text)
-            if found is None:
-                return False
-            text = found["answer"]
-        return self.verifier(text, answer.question.row).right
+        parts = parts_of(answer.text)
+        return parts is not None and self.verifier(parts.answer, answer.question.row).right
 
 
 @dataclass(frozen=True)
@@ -58,23 +54,67 @@ class Format:
     name: str = "format"
 
     def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
-        return [float(self.kept(answer)) for answer in answers]
-
-    @staticmethod
-    def kept(answer: Answer) -> bool:
-        found = THOUGHTS.fullmatch(answer.text)
-        if found is None or answer.cut:
-            return False
-        inside, behind = found["thoughts"].strip(), found["answer"].strip()
-        return bool(inside and behind) and not any(tag in inside + behind for tag in THINK)
+        parts = (None if answer.cut else parts_of(answer.text) for answer in answers)
+        return [float(part is not None and bool(part.thoughts)) for part in parts]
 
 
-def rules(config: GRPOConfig, verifier: Verifier) -> list[Reward]:
-    """The rewards that the configuration asks for. Raises BadInput where it asks for none."""
-    wanted: list[Reward] = [Correct(verifier, config.correct), Format(config.format)]
-    wanted = [reward for reward in wanted if reward.weight]
+@dataclass(frozen=True)
+class Language:
+    """The share of the thoughts' words that are in the script of the question (R1 §2.3.2)."""
+
+    weight: float = 1.0
+    name: str = "language"
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        found: list[float | None] = []
+        for answer in answers:
+            parts = parts_of(answer.text)
+            share = 0.0 if parts is None else language_share(parts.thoughts or "", answer.question.row["prompt"])
+            found.append(share)
+        return found
+
+
+@dataclass(frozen=True)
+class Preferred:
+    """A reward model's score: any number, so that only differences in a group mean something."""
+
+    scorer: Scorer
+    weight: float = 1.0
+    name: str = "preferred"
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        return list(self.scorer.score_ids([answer.question.prompt + answer.tokens for answer in answers]))
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A judge's grade, from 0 to 1; None where it gave none. It sees what is behind the thoughts."""
+
+    judge: judge.Judge
+    weight: float = 1.0
+    name: str = "graded"
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        asked = []
+        for answer in answers:
+            parts, row = parts_of(answer.text), answer.question.row
+            asked.append(judge.Question(row["prompt"], parts.answer if parts else answer.text, row.get("answer")))
+        return self.judge(asked)
+
+
+def asked_for(config: GRPOConfig, verifier: Verifier, tokenizer: Tokenizer, device: str) -> list[Reward]:
+    """The rewards that the configuration asks for. Raises BadInput where it asks for none, or in vain."""
+    rules: list[Reward] = [Correct(verifier, config.correct), Format(config.format), Language(config.language)]
+    wanted = [reward for reward in rules if reward.weight]
+    if config.reward_model:
+        scorer = Scorer.load(Path(config.reward_model), device)
+        if scorer.tokenizer.fingerprint != tokenizer.fingerprint:
+            raise BadInput(f"{config.reward_model}: its tokenizer is not the run's: the two must come of one model")
+        wanted.append(Preferred(scorer, config.reward_model_weight))
+    if config.judge_url:
+        wanted.append(Graded(judge.Judge(config.judge_url, config.judge_model), config.judge_weight))
     if not wanted:
-        raise BadInput("grpo.correct and grpo.format are both 0: nothing would earn anything")
+        raise BadInput("grpo.correct, format and language are 0, and nobody else judges: nothing would earn anything")
     return wanted
 
 

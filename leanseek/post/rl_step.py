@@ -92,7 +92,7 @@ def learn(
             told.logprob_gap = max(told.logprob_gap, ((before - rows.drawn) * rows.mask).abs().max().item())
             if here.experts is not None:
                 seen.add(here.experts, None if rows.experts is None else rows.experts[rows.mask])
-        updated = update(model, optimizers, knobs, config, math.isfinite(told.loss))
+        updated = update(model, optimizers, knobs, config, told.loss)
         told.grad_norm, told.finite = updated.grad_norm, told.finite and updated.finite
     units = max(len(numbers) if settings.ratio == "sequence" else told.tokens, 1)
     told.kl, told.clip_share, told.entropy = (

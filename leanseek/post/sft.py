@@ -1,11 +1,14 @@
 """Supervised fine-tuning (report §5.1): from a run that continues text to one that answers in chats.
 
 As V3: two epochs, a cosine down from the peak, samples packed into one row and hidden from each other. What the report
-does not say, batch and length, is as at the end of pre-training.
+does not say, batch and length, is as at the end of pre-training. The MTP modules go on learning, at the weight they had
+last; the receipt tells how often their drafts were right before and after.
 """
 
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,16 @@ from leanseek.config import BadInput, Config, DataConfig, Piece, ScheduleConfig,
 from leanseek.data.chats import ChatLoader, Chats, fingerprint_of, longest_of, open_chats, pack
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import Answers, answers_bits_per_byte, answers_of
-from leanseek.plan.count import flops_per_token
+from leanseek.eval.standing import standing
+from leanseek.model.transformer import Transformer
+from leanseek.plan.count import flops_per_token, parameters
 from leanseek.train.setup import build, take_up, train_and_bill
+from leanseek.train.step import train_step
+from leanseek.train.teacher import check_teacher, teacher_of
 
 EPOCHS = 2
-PEAK, END = 0.3, 0.1  # the rate's peak as a share of pre-training's, and its end as a share of the peak
+V3_RATES, LARGE = (5e-6, 1e-6), 1e9  # V3's own peak and end, for models that activate so many parameters
+PEAK, END = 0.3, 0.1  # of smaller ones: the peak as a share of pre-training's, and the end as a share of the peak
 WARM_UP = 0.03  # share of the budget
 
 
@@ -33,10 +41,10 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
     begun_with = checkpoint.read_run(run)
     config = parse(to_toml(tuned(begun_with)), f"sft of {run}", list(overrides))
-    _check_overrides(config, begun_with, run)
-    tokenizer = _tokenizer_of(run, config)
-    weights = checkpoint.newest(run, _warn)
-    if weights is None:
+    check_overrides(config, begun_with, f"sft of {run}")
+    tokenizer = tokenizer_of(run, config)
+    check_teacher(config, tokenizer)
+    if checkpoint.newest(run, _warn) is None:
         raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
     training, held_out, too_long = open_chats(file, tokenizer, longest_of(config.stages))
     if too_long:
@@ -49,7 +57,9 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
     with checkpoint.lock(out):
         config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=True, begun_with=run)
         model, optimizers = build(config)
-        checkpoint.load_model_weights(weights.model, model)  # weights and routing bias: the optimizers begin anew
+        checkpoint.load_newest(run, model)  # weights and routing bias: the optimizers begin anew
+        before = _standing(model, answers)
+        teacher = teacher_of(config, tokenizer)
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
 
         def evaluate(stage: int) -> float:
@@ -57,19 +67,26 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
 
         # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
         length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
-        flops = [flops_per_token(config.model, length)] * len(config.stages)
+        spent = flops_per_token(config.model, length) + (teacher.flops_per_token(length) if teacher else 0.0)
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
-        what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out"
-        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what)
+        moves = "moves" if any(piece.value for piece in config.schedule.bias_speed) else "stays"
+        what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out, the routing bias {moves}"
+        flops, step = [spent] * len(config.stages), partial(train_step, teacher=teacher)
+        receipt = train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, step)
+        if receipt["ended"] != "interrupted":
+            receipt |= {"before": before, "after": _standing(model, answers)}
+            checkpoint.write_json(out / "receipt.json", receipt)
+        return receipt
 
 
 def tuned(config: Config) -> Config:
     """A pre-training configuration turned into one for chats, but for the budget, which the chats decide."""
     schedule, stage = config.schedule, config.stages[-1]
     peak = PEAK * max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate)
+    peak, end = V3_RATES if parameters(config.model).activated >= LARGE else (peak, END * peak)
     learning_rate = (
         Piece(until=WARM_UP, value=peak, shape="linear"),
-        Piece(until=1, value=END * peak, shape="cosine"),
+        Piece(until=1, value=end, shape="cosine"),
     )
     # The report says nothing of balancing here. The bias stays as pre-training left it: the experts that a few chats
     # prefer are no reason to move it. And a balance loss by sequence would take a row of several chats for one.
@@ -86,6 +103,10 @@ def tuned(config: Config) -> Config:
             "train": config.train.model_copy(update=here),
             "schedule": instructed,
             "data": DataConfig(),
+            "teacher": None,
+            "lora": None,
+            "grpo": None,
+            "rollout": None,
             "stages": (stage.model_copy(update={"share": 1.0, "mixture": {}}),),
         }
     )
@@ -97,14 +118,16 @@ def budget(chats: Chats, config: Config) -> int:
     return EPOCHS * len(pack(chats.lengths, length)) * length
 
 
-def _check_overrides(config: Config, begun_with: Config, run: Path) -> None:
+def check_overrides(config: Config, begun_with: Config, what: str) -> None:
+    """Raises BadInput, for `what`, where the model or what only text needs was to be changed."""
     if config.model != begun_with.model:
-        raise BadInput(f"sft of {run}: the model is the run's own: leave model.* out")
+        raise BadInput(f"{what}: the model is the run's own: leave model.* out")
     if config.data != DataConfig() or any(stage.mixture for stage in config.stages):
-        raise BadInput(f"sft of {run}: chats are neither mixed nor packed like text: leave data.* and mixtures out")
+        raise BadInput(f"{what}: chats are neither mixed nor packed like text: leave data.* and mixtures out")
 
 
-def _tokenizer_of(run: Path, config: Config) -> Tokenizer:
+def tokenizer_of(run: Path, config: Config) -> Tokenizer:
+    """The tokenizer of a run. Raises BadInput where it is not its model's."""
     tokenizer, model = Tokenizer.load(run / "tokenizer"), config.model
     ends = (tokenizer.bos_id, tokenizer.eos_id)
     if tokenizer.vocab_size > model.vocab_size or ends != (model.bos_token_id, model.eos_token_id):
@@ -119,6 +142,11 @@ def _answers(chats: Chats, tokens: int, tokenizer: Tokenizer) -> Answers:
     """Those of the first chats, up to so many tokens: always the same ones."""
     enough = int(np.searchsorted(np.cumsum(chats.lengths), tokens)) + 1
     return answers_of(map(chats.sample, range(min(enough, len(chats)))), tokenizer)
+
+
+def _standing(model: Transformer, answers: Answers) -> dict[str, Any]:
+    """Of the held-out chats: bits per byte of the answers, balance of the experts, share of drafts that are right."""
+    return {"bpb": answers_bits_per_byte(model, answers).bpb, **asdict(standing(model, answers.windows))}
 
 
 def _warn(line: str) -> None:

@@ -1,6 +1,5 @@
 """A model that talks: prompt in, text out."""
 
-import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from leanseek.checkpoint import load_model_weights, newest, read_run
+from leanseek.checkpoint import load_newest, read_run, scores
 from leanseek.config import BadInput
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.layers import Linear
@@ -140,14 +139,13 @@ def load_model(run: Path | str, device: str = "auto", dtype: torch.dtype | None 
     """The newest checkpoint of RUN as a model, weights as they are stored. Raises BadInput."""
     run = Path(run)
     config = read_run(run)
+    if scores(run):
+        raise BadInput(f"{run}: is a reward model, which scores answers and writes none")
     place = _device(device)
-    checkpoint = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
-    if checkpoint is None:
-        raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:
         dtype = torch.bfloat16 if config.train.dtype == "bf16" else torch.float32
     model = Transformer(config.model, dtype)
-    load_model_weights(checkpoint.model, model)
+    load_newest(run, model)
     return model.to(place)
 
 

@@ -17,14 +17,15 @@ from typing import Any, Literal, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config
 from leanseek.model.transformer import Transformer
 from leanseek.train.log import Log
-from leanseek.train.schedule import knobs
-from leanseek.train.step import train_step
+from leanseek.train.schedule import Knobs, knobs
+from leanseek.train.step import StepResult, train_step
 
 MOST_ROLLBACKS = 10
 
@@ -40,6 +41,22 @@ class Batch(Protocol):
     def positions(self) -> NDArray[np.int64] | None: ...  # [count, T] within the sample, None for 0, 1, …
     @property
     def segments(self) -> NDArray[np.int64] | None: ...  # [count, T] whose token it is, None where all see each other
+
+
+class Step(Protocol):
+    """Learns from one batch, all tensors [B, T]; see `train.step`."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        optimizers: list[Optimizer],
+        ids: Tensor,
+        targets: Tensor,
+        knobs: Knobs,
+        config: Config,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+    ) -> StepResult: ...
 
 
 class Batches(Protocol):
@@ -62,7 +79,7 @@ class Progress:
     cpu_seconds: float = 0.0
     skipped_steps: int = 0
     skipped_windows: list[tuple[int, int, int]] = field(default_factory=list)  # stage, first sample, sample after
-    bpb: float | None = None  # the newest validation, and the step it was made at
+    bpb: float | None = None  # the newest validation, of whatever is measured, and the step it was made at
     bpb_step: int | None = None
 
 
@@ -75,10 +92,12 @@ def train(
     evaluate: Callable[[int], float],
     flops_per_token: list[float],
     log: Log,
+    step: Step = train_step,
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
-    `evaluate(stage)` is the validation bpb at a stage's length; `flops_per_token` is by stage too. The same call on
+    `evaluate(stage)` is the validation bpb at a stage's length, or what else `log` says is measured; `flops_per_token`
+    is by stage too. `step` is what a batch does to the model. The same call on
     the same RUN goes on from the newest whole checkpoint. Raises BadInput when training does not recover from non-
     finite steps, OSError when a checkpoint cannot be written.
     """
@@ -130,7 +149,7 @@ def train(
                 None if array is None else torch.from_numpy(array).to(device)
                 for array in (batch.positions, batch.segments)
             )
-            result = train_step(model, optimizers, ids, targets, now, config, positions, segments)
+            result = step(model, optimizers, ids, targets, now, config, positions, segments)
 
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count

@@ -1,5 +1,6 @@
 """Pre-training (report §4): puts model, optimizers, data and validation together and hands them to the loop."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from leanseek.eval.bpb import bits_per_byte
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import flops_per_token
 from leanseek.train.setup import build, take_up, train_and_bill
+from leanseek.train.step import train_step
+from leanseek.train.teacher import check_teacher, teacher_of
 
 
 def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
@@ -23,6 +26,7 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
     data = open_data(data_folder)
     tokenizer = Tokenizer.load(data.tokenizer_folder)
     config = _for_tokenizer(config, tokenizer)
+    check_teacher(config, tokenizer)
     with checkpoint.lock(run):
         config = take_up(run, config, data.fingerprint, data.tokenizer_folder, data_folder)
         return _train(config, data, tokenizer, run)
@@ -37,15 +41,21 @@ def assemble(config: Config, data: Data, tokenizer: Tokenizer) -> tuple[Transfor
 
 def _train(config: Config, data: Data, tokenizer: Tokenizer, run: Path) -> dict[str, Any]:
     model, optimizers, loader = assemble(config, data, tokenizer)
+    teacher = teacher_of(config, tokenizer)
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
         return bits_per_byte(model, documents, config.stages[stage].sequence_length, tokenizer.bos_id).bpb
 
     flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
+    if teacher is not None:
+        flops = [
+            own + teacher.flops_per_token(at.sequence_length) for own, at in zip(flops, config.stages, strict=True)
+        ]
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"
-    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text)
+    step = partial(train_step, teacher=teacher)
+    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, step)
 
 
 def _for_tokenizer(config: Config, tokenizer: Tokenizer) -> Config:

@@ -15,10 +15,11 @@ from leanseek.model.transformer import Transformer
 from leanseek.plan.count import training_bytes
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import Log
-from leanseek.train.loop import Batches, train
+from leanseek.train.loop import Batches, Step, train
 from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
 from leanseek.train.receipt import write_receipt
+from leanseek.train.step import train_step
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -31,6 +32,7 @@ def take_up(
     data: Path,
     chats: bool = False,
     begun_with: Path | None = None,
+    scores: bool = False,
 ) -> Config:
     """The configuration to train RUN with: the stored one where RUN is this very run, else RUN is made, with `config`.
 
@@ -48,7 +50,7 @@ def take_up(
                     f"{run}: an imported model keeps its tokenizer: prepare the data with --tokenizer {kept}"
                 )
             config = config.model_copy(update={"model": checkpoint.read_run(run).model})
-        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats, begun_with)
+        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats, begun_with, scores)
     else:
         config = stored
         checkpoint.remember_data(run, data)
@@ -59,10 +61,15 @@ def take_up(
 
 def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
     """The initialised model on its device, which is made ready for it, and the optimizers."""
-    if config.train.device == "cpu":
-        ready_cpu()
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
+    return model, ready(config, model)
+
+
+def ready(config: Config, model: Transformer) -> list[Optimizer]:
+    """Brings a model to its device, makes both ready to train, and returns the optimizers."""
+    if config.train.device == "cpu":
+        ready_cpu()
     model.to(config.train.device)
     optimizers = build_optimizers(model, config.optimizer)
     if config.optimizer.qk_clip is not None:
@@ -70,7 +77,7 @@ def build(config: Config) -> tuple[Transformer, list[Optimizer]]:
     if config.train.compile:
         for block in model.layers.values():
             block.compile()
-    return model, optimizers
+    return optimizers
 
 
 def train_and_bill(
@@ -82,14 +89,19 @@ def train_and_bill(
     evaluate: Callable[[int], float],
     flops_per_token: list[float],
     what: str,
+    step: Step = train_step,
+    measure: str = "bpb",
 ) -> dict[str, Any]:
-    """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on."""
+    """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on.
+
+    `step` and `measure`: what a batch does to the model, and what `evaluate` gives (train/log.py · MEASURES).
+    """
     device = torch.device(config.train.device)
     peak = matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192)
-    with Log(run, config.train.tokens, peak) as log:
+    with Log(run, config.train.tokens, peak, measure) as log:
         log.say(f"{run}: {config.train.tokens:,} tokens, {what}, on {device.type} in {config.train.dtype}")
-        progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log)
-    return write_receipt(run, config, progress, ending)
+        progress, ending = train(run, config, model, optimizers, batches, evaluate, flops_per_token, log, step)
+    return write_receipt(run, config, progress, ending, measure)
 
 
 def settled(train: TrainConfig) -> TrainConfig:

@@ -17,9 +17,10 @@ from torch.optim import Optimizer
 from leanseek.config import Config
 from leanseek.model.moe import max_violation, updated_bias
 from leanseek.model.transformer import Transformer
-from leanseek.ops.loss import IGNORE, linear_cross_entropy
+from leanseek.ops.loss import IGNORE, linear_cross_entropy, linear_divergence
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
 from leanseek.train.schedule import Knobs
+from leanseek.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class StepResult:
     grad_norm: float  # before clipping
     max_violation: float  # of the least balanced layer
     finite: bool  # a step with a non-finite loss or gradient leaves the model as it was
+    divergence: float | None = None  # from the teacher, nats per token; None without one
 
 
 def train_step(
@@ -41,6 +43,7 @@ def train_step(
     config: Config,
     positions: Tensor | None = None,
     segments: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """ids, targets, positions, segments [B, T] of the whole batch; updates the model unless a value is not finite."""
     model.train()
@@ -48,44 +51,42 @@ def train_step(
     depths = len(model.mtp)
     valid = [int((targets_of_depth(targets, segments, k) != IGNORE).sum()) for k in range(depths + 1)]
     counts = [max(count, 1) for count in valid]  # a depth that no document reaches adds nothing
+    taught = 0.0 if teacher is None else teacher.config.weight
+    if teacher is not None:
+        counts.append(counts[0])
     for router in routers:
         router.balance_weight.fill_(config.train.balance_loss_alpha / ids.shape[0])
-    sums = torch.zeros(depths + 1, dtype=torch.float64)
+    sums = torch.zeros(len(counts), dtype=torch.float64)
     for first in range(0, ids.shape[0], config.train.micro_batch):
         rows = slice(first, first + config.train.micro_batch)
-        packed = (None if tensor is None else tensor[rows] for tensor in (positions, segments))
-        losses = loss_sums(model, ids[rows], targets[rows], *packed)
+        places, samples = (None if tensor is None else tensor[rows] for tensor in (positions, segments))
+        losses = loss_sums(model, ids[rows], targets[rows], places, samples, teacher)
         sums += torch.stack(losses).detach().cpu()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
-        (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
+        own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
+        (own + knobs.mtp_weight / max(depths, 1) * sum(means[1 : depths + 1])).backward()
     loss, *further = (sums / torch.tensor(counts)).tolist()
-    updated = update(model, optimizers, knobs, config, math.isfinite(loss + sum(further)))
-    return StepResult(
-        loss=loss,
-        mtp_loss=sum(further) / max(depths, 1),
-        balance_loss=updated.balance_loss,
-        grad_norm=updated.grad_norm,
-        max_violation=updated.max_violation,
-        finite=updated.finite,
-    )
-
-
-@dataclass(frozen=True)
-class Updated:
-    balance_loss: float
-    grad_norm: float  # before clipping
-    max_violation: float
-    finite: bool
+    divergence = None if teacher is None else further.pop()
+    return update(model, optimizers, knobs, config, loss, sum(further) / max(depths, 1), divergence)
 
 
 def update(
-    model: Transformer, optimizers: list[Optimizer], knobs: Knobs, config: Config, finite: bool = True
-) -> Updated:
-    """Clips and takes the gradients that are there, and moves the biases, unless the loss (`finite`) or one of them is
-    not finite; then clears them and what the routers counted."""
-    parameters, routers = list(model.parameters()), model.routers().values()
+    model: Transformer,
+    optimizers: list[Optimizer],
+    knobs: Knobs,
+    config: Config,
+    loss: float,
+    mtp_loss: float = 0.0,
+    divergence: float | None = None,
+) -> StepResult:
+    """Takes the step that the gradients at hand ask for, unless one of them or a loss is not finite.
+
+    Whatever belongs to the step alone, gradients and counts, is cleared.
+    """
+    routers = model.routers().values()
+    parameters = [p for p in model.parameters() if p.requires_grad]
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    finite = finite and math.isfinite(norm.item())
+    finite = math.isfinite(loss + mtp_loss + (divergence or 0.0)) and math.isfinite(norm.item())
     if finite:
         torch.nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip, norm)
         set_learning_rate(optimizers, knobs.learning_rate)
@@ -99,11 +100,14 @@ def update(
                 router.e_score_correction_bias.copy_(bias)
         if config.optimizer.qk_clip is not None:
             qk_clip(model, config.optimizer.qk_clip)
-    updated = Updated(
+    result = StepResult(
+        loss=loss,
+        mtp_loss=mtp_loss,
         balance_loss=sum(router.balance_loss.item() for router in routers),
         grad_norm=norm.item(),
         max_violation=max((max_violation(router.load) for router in routers), default=0.0),
         finite=finite,
+        divergence=divergence,
     )
     for router in routers:
         router.load.zero_()
@@ -111,13 +115,21 @@ def update(
     forget_logits(model)
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return updated
+    return result
 
 
 def loss_sums(
-    model: Transformer, ids: Tensor, targets: Tensor, positions: Tensor | None = None, segments: Tensor | None = None
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    positions: Tensor | None = None,
+    segments: Tensor | None = None,
+    teacher: Teacher | None = None,
 ) -> list[Tensor]:
-    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T]."""
+    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T].
+
+    With a teacher, last, the main model's divergence from it at the same places.
+    """
     assert model.lm_head is not None
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -130,6 +142,10 @@ def loss_sums(
         else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
             state, wanted = state[wanted != IGNORE], wanted[wanted != IGNORE]
         losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted))
+    if teacher is not None:
+        asked = targets != IGNORE
+        known = teacher.likeliest(ids, positions, segments, asked)
+        losses.append(linear_divergence(hidden[asked], model.lm_head.weight, *known))
     return losses
 
 
