@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 SEED = 20
-DIGITS = 3
-DOCUMENTS, DEMONSTRATIONS, TRAINING, HELD_OUT = 6000, 400, 20_000, 500
+DIGITS = 2
+DOCUMENTS, DEMONSTRATIONS, TRAINING, HELD_OUT = 6000, 2000, 5000, 400
 
 
 def demonstration(left: int, right: int) -> str:
@@ -32,7 +32,7 @@ def document(dice: random.Random) -> str:
     """Some lines of one kind: a small sum with or without a carry, or a number and its digits from the right."""
     lines = []
     for _ in range(12):
-        a, b, carried, n = dice.randrange(10), dice.randrange(10), dice.randrange(2), dice.randrange(1000)
+        a, b, carried, n = dice.randrange(10), dice.randrange(10), dice.randrange(2), dice.randrange(200)
         kind = dice.randrange(2)
         if kind == 0:
             lines.append(f"{a}+{b}{'+1' * carried}={a + b + carried}")
