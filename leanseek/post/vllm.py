@@ -112,7 +112,8 @@ class VLLMRollouts:
         told = choice["logprobs"]["content"]
         tokens, logprobs = [each["token_id"] for each in told], [each["logprob"] for each in told]
         writer = Writer(self.tokenizer, self.stop)
-        text = "".join(writer.push(token) for token in tokens if token != self.tokenizer.eos_id) + writer.finish()
+        spelt = [token for token in tokens if token < self.tokenizer.vocab_size and token != self.tokenizer.eos_id]
+        text = "".join(map(writer.push, spelt)) + writer.finish()
         experts = None
         if choice.get("routed_experts") is not None:
             packed = io.BytesIO(base64.b64decode(choice["routed_experts"]))
