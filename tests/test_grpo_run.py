@@ -14,8 +14,10 @@ from leanseek import checkpoint
 from leanseek.cli import main
 from leanseek.config import BadInput, GRPOConfig
 from leanseek.eval.verify import Verifier
+from leanseek.post import judge
 from leanseek.post.grpo import Explorer, grpo
-from leanseek.post.rewards import Correct, Format, earned
+from leanseek.post.reward_model import RewardModel, Scorer
+from leanseek.post.rewards import Correct, Format, Graded, Language, Preferred, asked_for, earned
 from leanseek.post.rollout import Answer, Question
 from leanseek.serve.engine import Engine
 from tests.runs import CONTEXT, make_run, model_of, tokenizer
@@ -417,3 +419,63 @@ def test_runs_that_cannot_be_begun_with_are_refused(
     line = refused(capsys, run, "--task", task, "--out", tmp_path / "out", *QUIET, "grpo.group=5")
     assert "holds another config" in line
     assert "grpo.group" in line
+
+
+# ── rewards that are other models ─────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_reward_model_scores_what_was_drawn() -> None:
+    vocabulary = tokenizer()
+    base = model_of(vocabulary)
+    model = RewardModel(base.config)
+    model.begin_with(base)
+    torch.nn.init.normal_(model.score.weight, generator=torch.Generator().manual_seed(0))
+    scorer = Scorer(model, vocabulary)
+    asked = [{"role": "user", "content": "Who saw the fox?"}]
+    said = [[*asked, {"role": "assistant", "content": content}] for content in ("Nobody.", "The old wall did.")]
+    prompt = vocabulary.encode_chat(asked)
+    drawn = [vocabulary.encode_chat(chat, add_generation_prompt=False)[len(prompt) :] for chat in said]
+    answers = [Answer(Question(prompt, {}, ""), "", tokens, [], None, False) for tokens in drawn]
+    assert Preferred(scorer)(answers) == pytest.approx(scorer.score(said))
+    assert len(set(Preferred(scorer)(answers))) == 2
+
+
+def test_a_judge_sees_the_answer_behind_the_thoughts_and_the_reference() -> None:
+    seen: list[judge.Question] = []
+
+    def grade(questions: Sequence[judge.Question]) -> list[float | None]:
+        seen.extend(questions)
+        return [0.5, None]
+
+    some = [
+        answer("<think>a</think>b", {"prompt": "p", "answer": "c"}),
+        answer("<think>a", {"prompt": "q", "verify": "code"}),
+    ]
+    assert Graded(grade)(some) == [0.5, None]  # type: ignore[arg-type]
+    assert seen == [judge.Question("p", "b", "c"), judge.Question("q", "<think>a", None)]
+
+
+def test_the_language_of_thoughts_by_hand() -> None:
+    row = {"prompt": "What is it?"}
+    for text, share in (
+        ("<think>one two</think>three", 1.0),
+        ("<think>one две</think>три", 0.5),
+        ("<think>7 + 5</think>12", 1.0),  # no words at all
+        ("<think>one", 0.0),
+    ):
+        assert Language()([answer(text, row)]) == [share], text
+
+
+def test_the_configuration_says_which_rewards_there_are(run: Path, tmp_path: Path) -> None:
+    with Verifier() as verifier:
+        names = [
+            [reward.name for reward in asked_for(settings, verifier, tokenizer(), "cpu")]
+            for settings in (
+                GRPOConfig(),
+                GRPOConfig(format=0.2, language=0.1),
+                GRPOConfig(correct=0.0, judge_url="http://127.0.0.1:1/v1", judge_model="m"),
+            )
+        ]
+        assert names == [["correct"], ["correct", "format", "language"], ["graded"]]
+        with pytest.raises(BadInput, match="not a reward model"):
+            asked_for(GRPOConfig(reward_model=str(run)), verifier, tokenizer(), "cpu")
