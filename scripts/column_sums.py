@@ -1,10 +1,11 @@
-"""Sums of two numbers, worked out column by column from the right: text, demonstrations and task rows.
+"""Sums of two numbers, worked out column by column from the right, or not: text, demonstrations and task rows.
 
-    python scripts/column_sums.py FOLDER
+    python -m scripts.column_sums FOLDER
 
-text.jsonl: the pieces of the skill, apart from each other: small sums, numbers read backwards. chats.jsonl: a few
-demonstrations of the whole. train.jsonl: many more questions, with nothing but their answers. dev.jsonl, test.jsonl:
-questions that are in none of the others. Everything is a function of the seed in this file.
+text.jsonl: small sums, numbers read backwards, and sums worked out, as a base model may have read them. chats.jsonl: a
+few demonstrations, of which some show their work and most, as people do, only say the result. train.jsonl: many more
+questions, with nothing but their answers. dev.jsonl and test.jsonl: questions that are in none of the others, the text
+included. Everything is a function of the seed in this file.
 """
 
 import json
@@ -15,30 +16,32 @@ from pathlib import Path
 from typing import Any
 
 SEED = 20
-DIGITS = 2
-DOCUMENTS, DEMONSTRATIONS, TRAINING, HELD_OUT = 6000, 2000, 5000, 400
+NUMBERS = range(10, 100)
+DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 7000, 600, 400
+SHOWN = 0.3  # share of the demonstrations that show their work
 
 
-def demonstration(left: int, right: int) -> str:
-    """The sum of each column with what was carried into it, then the answer: "<think>12 11 5</think>512"."""
-    columns, carried, a, b = [], 0, left, right
+def columns(a: int, b: int) -> str:
+    """The sum of each column with what was carried into it: "12 8" for 35 + 47."""
+    sums, carried = [], 0
     while a or b:
-        columns.append(a % 10 + b % 10 + carried)
-        carried, a, b = columns[-1] // 10, a // 10, b // 10
-    return f"<think>{' '.join(map(str, columns))}</think>{left + right}"
+        sums.append(a % 10 + b % 10 + carried)
+        carried, a, b = sums[-1] // 10, a // 10, b // 10
+    return " ".join(map(str, sums))
 
 
-def document(dice: random.Random) -> str:
-    """Some lines of one kind: a small sum with or without a carry, or a number and its digits from the right."""
+def document(dice: random.Random, known: list[tuple[int, int]]) -> str:
     lines = []
     for _ in range(12):
-        a, b, carried, n = dice.randrange(10), dice.randrange(10), dice.randrange(2), dice.randrange(200)
-        kind = dice.randrange(2)
-        if kind == 0:
-            lines.append(f"{a}+{b}{'+1' * carried}={a + b + carried}")
-        else:
-            lines.append(f"{n} {' '.join(reversed(str(n)))}")
+        x, y, carried, (a, b) = dice.randrange(10), dice.randrange(10), dice.randrange(2), dice.choice(known)
+        small, backwards = f"{x}+{y}{'+1' * carried}={x + y + carried}", f"{a} {' '.join(reversed(str(a)))}"
+        lines.append(dice.choice((small, backwards, f"{a}+{b}: {columns(a, b)}: {a + b}")))
     return "\n".join(lines)
+
+
+def demonstration(dice: random.Random, a: int, b: int) -> dict[str, Any]:
+    work = f"<think>{columns(a, b)}</think>" if dice.random() < SHOWN else ""
+    return {"prompt": f"{a}+{b}", "response": f"{work}{a + b}"}
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -48,19 +51,15 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dice = random.Random(SEED)
-    numbers = range(10 ** (DIGITS - 1), 10**DIGITS)
-    pairs = {
-        (dice.choice(numbers), dice.choice(numbers)) for _ in range(TRAINING + DEMONSTRATIONS + 2 * HELD_OUT + 999)
-    }
-    asked = sorted(pairs)
-    dice.shuffle(asked)
-    tasks = [{"prompt": f"{a}+{b}", "verify": "exact", "answer": str(a + b)} for a, b in asked]
-    write(folder / "text.jsonl", ({"text": document(dice)} for _ in range(DOCUMENTS)))
-    shown = asked[2 * HELD_OUT :][:DEMONSTRATIONS]
-    write(folder / "chats.jsonl", ({"prompt": f"{a}+{b}", "response": demonstration(a, b)} for a, b in shown))
+    pairs = [(a, b) for a in NUMBERS for b in NUMBERS]
+    dice.shuffle(pairs)
+    tasks = [{"prompt": f"{a}+{b}", "verify": "exact", "answer": str(a + b)} for a, b in pairs]
     write(folder / "dev.jsonl", tasks[:HELD_OUT])
     write(folder / "test.jsonl", tasks[HELD_OUT : 2 * HELD_OUT])
-    write(folder / "train.jsonl", tasks[2 * HELD_OUT + DEMONSTRATIONS :][:TRAINING])
+    known, tasks = pairs[2 * HELD_OUT :], tasks[2 * HELD_OUT :]
+    write(folder / "chats.jsonl", (demonstration(dice, a, b) for a, b in known[:DEMONSTRATIONS]))
+    write(folder / "train.jsonl", tasks[DEMONSTRATIONS:])
+    write(folder / "text.jsonl", ({"text": document(dice, known)} for _ in range(DOCUMENTS)))
 
 
 if __name__ == "__main__":

@@ -479,3 +479,28 @@ def test_the_configuration_says_which_rewards_there_are(run: Path, tmp_path: Pat
         assert names == [["correct"], ["correct", "format", "language"], ["graded"]]
         with pytest.raises(BadInput, match="not a reward model"):
             asked_for(GRPOConfig(reward_model=str(run)), verifier, tokenizer(), "cpu")
+
+
+# ── it learns ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Even:
+    """The share of an answer's tokens with an even id: a half, for a model that knows nothing of it."""
+
+    name, weight = "even", 1.0
+
+    def __call__(self, answers: Sequence[Answer]) -> list[float | None]:
+        return [sum(token % 2 == 0 for token in answer.tokens) / len(answer.tokens) for answer in answers]
+
+
+@pytest.mark.slow
+def test_twenty_steps_raise_what_answers_earn(run: Path, task: Path, tmp_path: Path) -> None:
+    asked = (*QUIET, "grpo.steps=20", "grpo.prompts=8", "grpo.group=8", "grpo.max_tokens=8", "grpo.kl_weight=0.001")
+    earned_by = {}
+    for name, rate in (("learning", 1e-2), ("still", 0.0)):
+        out = tmp_path / name
+        grpo(run, task, out, (*asked, f"schedule.learning_rate=[{{until=1,value={rate}}}]"), None, (Even(),))
+        earned_by[name] = [row["reward"] for row in rows_of(out)]
+        assert max(row["logprob_gap"] for row in rows_of(out)) < 1e-4
+    assert sum(earned_by["learning"][-4:]) / 4 > 0.75
+    assert max(earned_by["still"]) < 0.6  # without learning there is nothing to see
