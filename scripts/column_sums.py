@@ -3,7 +3,7 @@
     python -m scripts.column_sums FOLDER
 
 text.jsonl: small sums, numbers read backwards, and sums worked out, as a base model may have read them. chats.jsonl: a
-few demonstrations, of which some show their work and most, as people do, only say the result. train.jsonl: many more
+few demonstrations, of which some show their work and most, as people do, say the result alone. train.jsonl: many more
 questions, with nothing but their answers. dev.jsonl and test.jsonl: questions that are in none of the others, the text
 included. Everything is a function of the seed in this file.
 """
@@ -17,8 +17,8 @@ from typing import Any
 
 SEED = 20
 NUMBERS = range(10, 100)
-DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 7000, 600, 400
-SHOWN = 0.3  # share of the demonstrations that show their work
+DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 4500, 3000, 400
+SHOWN = 0.4  # share of the demonstrations that show their work
 
 
 def columns(a: int, b: int) -> str:
@@ -59,6 +59,7 @@ def main(folder: Path) -> None:
     known, tasks = pairs[2 * HELD_OUT :], tasks[2 * HELD_OUT :]
     write(folder / "chats.jsonl", (demonstration(dice, a, b) for a, b in known[:DEMONSTRATIONS]))
     write(folder / "train.jsonl", tasks[DEMONSTRATIONS:])
+    dice = random.Random(SEED + 1)
     write(folder / "text.jsonl", ({"text": document(dice, known)} for _ in range(DOCUMENTS)))
 
 

@@ -1,11 +1,12 @@
-"""Does RL move a real number? Sums worked out column by column: SFT until its dev score stands still, then GRPO.
+"""Does RL move a real number? Sums, worked out or not: SFT until its dev score stands still, then GRPO.
 
     python -m scripts.rl_moves FOLDER [--seeds 3] [--plot FILE.png]
 
-One base model; for each seed SFT on a few demonstrations, of whose checkpoints the best on the dev questions goes on:
-by GRPO on questions that have nothing but their answers, and, as the control, by more SFT for as many CPU-seconds, of
-which again the best checkpoint counts. Both are then asked the test questions, which chose nothing. Every part goes on
-where it was stopped. Prints the table, writes FOLDER/results.json and the plot.
+One base model and SFT on demonstrations, of which most say the result alone. Its best checkpoint on the dev questions
+goes on, for each seed: by GRPO on questions that have nothing but their answers and, as the control, by more SFT for as
+many CPU-seconds, of which again the best checkpoint counts. All are then asked the test questions, which chose nothing:
+with the likeliest tokens, and drawn at temperature 1. Every part goes on where it was stopped. Prints the table, writes
+FOLDER/results.json and the plot.
 """
 
 import argparse
@@ -36,14 +37,14 @@ RECIPE = Path(__file__).with_name("column_sums.toml")
 LONGEST = 16  # tokens of an answer
 HERE = ("train.device=cpu", "train.dtype=fp32")
 OF_SFT = (
-    *HERE, "train.checkpoint_every=12", "train.keep_checkpoints=1000", "train.eval_every=100000",
+    *HERE, "train.checkpoint_every=20", "train.keep_checkpoints=1000", "train.eval_every=100000",
     "schedule.batch_tokens=[{until=1,value=2048}]",
 )  # fmt: skip
-SFT_TOKENS = 300_000
+TOKENS = 700_000  # of SFT: more change nothing
+RATE = "{until=0.1,value=1e-4,shape='linear'},{until=0.5,value=1e-4},{until=1,value=1e-5,shape='linear'}"
 OF_GRPO = (
-    *HERE, f"grpo.max_tokens={LONGEST}", "grpo.steps=60", "grpo.prompts=64", "grpo.group=16", "grpo.kl_weight=0",
-    "optimizer.beta2=0.99", "train.checkpoint_every=20",
-    "schedule.learning_rate=[{until=0.1,value=1e-4,shape='linear'},{until=0.5,value=1e-4},{until=1,value=1e-5,shape='linear'}]",
+    *HERE, f"grpo.max_tokens={LONGEST}", "grpo.steps=40", "grpo.prompts=64", "grpo.group=8", "grpo.kl_weight=0",
+    "optimizer.beta2=0.99", "train.checkpoint_every=20", f"schedule.learning_rate=[{RATE}]",
 )  # fmt: skip
 
 Curve = list[tuple[float, float]]  # CPU-seconds since the part began, share right
@@ -84,56 +85,69 @@ def begin_at(run: Path, best: Path, out: Path) -> None:
         shutil.copytree(best, out / "checkpoints" / best.name)
 
 
-def one_seed(folder: Path, seed: int) -> dict[str, Any]:
+def taught(folder: Path) -> tuple[Path, Curve, float]:
+    """SFT of the base model: the run as it was at its best checkpoint, its dev scores, its CPU-seconds per token."""
+    receipt = sft(folder / "base", folder / "task" / "chats.jsonl", folder / "sft", (*OF_SFT, f"train.tokens={TOKENS}"))
+    scores, best = curve(folder / "sft", folder / "task" / "dev.jsonl")
+    begin_at(folder / "sft", best, folder / "best")
+    return folder / "best", scores, receipt["cpu_seconds"] / receipt["tokens"]
+
+
+def one_seed(folder: Path, begun: Path, cost: float, seed: int) -> dict[str, Any]:
+    """GRPO and, as the control, more SFT for at least as many CPU-seconds, from the same checkpoint."""
     task = folder / "task"
-    demonstrations, dev, test = task / "chats.jsonl", task / "dev.jsonl", task / "test.jsonl"
-    taught, begun, rewarded, control = (folder / f"{name}-{seed}" for name in ("sft", "best", "grpo", "control"))
-    of_sft = (*OF_SFT, f"train.seed={seed}")
-    receipt = sft(folder / "base", demonstrations, taught, (*of_sft, f"train.tokens={SFT_TOKENS}"))
-    before, best = curve(taught, dev)
-    begin_at(taught, best, begun)
+    dev, test = task / "dev.jsonl", task / "test.jsonl"
+    rewarded, control = folder / f"grpo-{seed}", folder / f"control-{seed}"
     spent = grpo(begun, task / "train.jsonl", rewarded, (*OF_GRPO, f"train.seed={seed}"), dev)["cpu_seconds"]
     steps, held_out = read(rewarded)
     at = {row["step"]: row["cpu_seconds"] for row in steps} | {0: 0.0}
-    # More of the same for at least as many CPU-seconds as GRPO took, its dev questions included.
-    rate = receipt["tokens"] / receipt["cpu_seconds"]
-    more = sft(begun, demonstrations, control, (*of_sft, f"train.tokens={round(1.1 * spent * rate)}"))
+    asked = (*OF_SFT, f"train.seed={seed}", f"train.tokens={round(1.1 * spent / cost)}")
+    more = sft(begun, task / "chats.jsonl", control, asked)
     after, best_of_more = curve(control, dev)
-    named = {
-        "sft": (begun, None),
-        "grpo": (rewarded, None),
-        "control": (control, best_of_more / "model"),
-    }
+    named = {"sft": (begun, None), "grpo": (rewarded, None), "control": (control, best_of_more / "model")}
+
+    def right(file: Path, temperature: float) -> dict[str, float]:
+        return {name: score(run, file, temperature, weights) for name, (run, weights) in named.items()}
+
     return {
         "seed": seed,
-        "curves": {"sft": before, "grpo": [(at[row["step"]], row["dev"]) for row in held_out], "control": after},
-        "dev": {name: score(run, dev, 0.0, weights) for name, (run, weights) in named.items()},
-        "dev_drawn": {name: score(run, dev, 1.0, weights) for name, (run, weights) in named.items()},
-        "test": {name: score(run, test, 0.0, weights) for name, (run, weights) in named.items()},
-        "cpu_seconds": {"sft": receipt["cpu_seconds"], "grpo": spent, "control": more["cpu_seconds"]},
+        "grpo": [(at[row["step"]], row["dev"]) for row in held_out],
+        "drawn": [(row["cpu_seconds"], row["reward"], row["length"]) for row in steps],
+        "control": after,
+        "dev": right(dev, 0.0),
+        "dev, drawn": right(dev, 1.0),
+        "test": right(test, 0.0),
+        "test, drawn": right(test, 1.0),
+        "cpu_seconds": {"grpo": spent, "control": more["cpu_seconds"]},
     }
 
 
-def plot(results: list[dict[str, Any]], file: Path) -> None:
+def plot(before: Curve, results: list[dict[str, Any]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    looks = {"sft": ("#9c9c9c", "SFT"), "grpo": ("#c1666b", "then GRPO"), "control": ("#4281a4", "or more SFT")}
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    grey, red, blue = "#9c9c9c", "#c1666b", "#4281a4"
+    begun = max(before, key=lambda point: point[1])[0]
+
+    def line(points: Curve, since: float, colour: str, label: str | None) -> None:
+        across, up = [spent + since for spent, _ in points], [100 * share for _, share in points]
+        left.plot(across, up, color=colour, linewidth=1.2, marker="o", markersize=2.5, label=label)
+
+    line(before, 0.0, grey, "SFT")
     for number, result in enumerate(results):
-        begun = max(result["curves"]["sft"], key=lambda point: point[1])[0]
-        for name, (colour, label) in looks.items():
-            points = result["curves"][name]
-            across = [spent + (0 if name == "sft" else begun) for spent, _ in points]
-            axis.plot(
-                across, [100 * right for _, right in points], color=colour, linewidth=1.2, marker="o", markersize=2.5,
-                label=label if number == 0 else None,
-            )  # fmt: skip
-    axis.set(xlabel="CPU-seconds", ylabel="dev questions right, %", ylim=(0, 100))
-    axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False)
+        first = number == 0
+        line(result["grpo"], begun, red, "then GRPO" if first else None)
+        line(result["control"], begun, blue, "or more SFT" if first else None)
+        steps = range(1, len(result["drawn"]) + 1)
+        right.plot(steps, [length for _, _, length in result["drawn"]], color=red, linewidth=1)
+    left.set(xlabel="CPU-seconds", ylabel="dev questions right, %", ylim=(0, 100))
+    left.legend(frameon=False)
+    right.set(xlabel="step of GRPO", ylabel="tokens of an answer", ylim=(0, None))
+    for axis in (left, right):
+        axis.spines[["top", "right"]].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=120)
     plt.close(figure)
@@ -150,17 +164,19 @@ def main() -> None:
         write_tasks(folder / "task")
         prepare([str(folder / "task" / "text.jsonl")], folder / "data", vocab_size=276, workers=1)
     pretrain(read_recipe(str(RECIPE), HERE), folder / "data", folder / "base")
+    begun, before, cost = taught(folder)
     results = []
     for seed in range(asked.seeds):
-        results.append(one_seed(folder, seed))
-        (folder / "results.json").write_text(json.dumps(results, indent=1))
-    for kind in ("dev", "dev_drawn", "test"):
+        results.append(one_seed(folder, begun, cost, seed))
+        (folder / "results.json").write_text(json.dumps({"sft": before, "seeds": results}, indent=1))
+    for kind in ("dev", "dev, drawn", "test", "test, drawn"):
         for result in results:
             told = ", ".join(f"{name} {right:.1%}" for name, right in result[kind].items())
-            print(f"{kind:<10} seed {result['seed']}: {told}")
+            print(f"{kind:<12} seed {result['seed']}: {told}")
     for result in results:
-        print(f"CPU-seconds, seed {result['seed']}:", {name: round(s) for name, s in result["cpu_seconds"].items()})
-    plot(results, asked.plot or folder / "rl-moves.png")
+        told = ", ".join(f"{name} {seconds:.0f}" for name, seconds in result["cpu_seconds"].items())
+        print(f"CPU-seconds  seed {result['seed']}: {told}")
+    plot(before, results, asked.plot or folder / "rl-moves.png")
 
 
 if __name__ == "__main__":
