@@ -1,11 +1,10 @@
-"""Sums of two numbers, worked out column by column from the right, or not: text, demonstrations and task rows.
+"""Sums of two numbers, worked out column by column from the right: text, demonstrations and task rows.
 
     python -m scripts.column_sums FOLDER
 
-text.jsonl: small sums, numbers read backwards, and sums worked out, as a base model may have read them. chats.jsonl: a
-few demonstrations, of which some show their work and most, as people do, say the result alone. train.jsonl: many more
-questions, with nothing but their answers. dev.jsonl and test.jsonl: questions that are in none of the others, the text
-included. Everything is a function of the seed in this file.
+text.jsonl: the pieces of the skill apart from each other, small sums and numbers read backwards. chats.jsonl: a few
+demonstrations of the whole. train.jsonl: many more questions, with nothing but their answers. dev.jsonl and test.jsonl:
+questions that are in none of the others. Everything is a function of the seed in this file.
 """
 
 import json
@@ -17,8 +16,7 @@ from typing import Any
 
 SEED = 20
 NUMBERS = range(10, 100)
-DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 4500, 3000, 400
-SHOWN = 0.4  # share of the demonstrations that show their work
+DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 6000, 850, 400
 
 
 def columns(a: int, b: int) -> str:
@@ -30,18 +28,17 @@ def columns(a: int, b: int) -> str:
     return " ".join(map(str, sums))
 
 
-def document(dice: random.Random, known: list[tuple[int, int]]) -> str:
+def demonstration(a: int, b: int) -> dict[str, Any]:
+    return {"prompt": f"{a}+{b}", "response": f"<think>{columns(a, b)}</think>{a + b}"}
+
+
+def document(dice: random.Random) -> str:
     lines = []
     for _ in range(12):
-        x, y, carried, (a, b) = dice.randrange(10), dice.randrange(10), dice.randrange(2), dice.choice(known)
-        small, backwards = f"{x}+{y}{'+1' * carried}={x + y + carried}", f"{a} {' '.join(reversed(str(a)))}"
-        lines.append(dice.choice((small, backwards, f"{a}+{b}: {columns(a, b)}: {a + b}")))
+        a, b, carried, n = dice.randrange(10), dice.randrange(10), dice.randrange(2), dice.randrange(200)
+        small, backwards = f"{a}+{b}{'+1' * carried}={a + b + carried}", f"{n} {' '.join(reversed(str(n)))}"
+        lines.append(dice.choice((small, backwards)))
     return "\n".join(lines)
-
-
-def demonstration(dice: random.Random, a: int, b: int) -> dict[str, Any]:
-    work = f"<think>{columns(a, b)}</think>" if dice.random() < SHOWN else ""
-    return {"prompt": f"{a}+{b}", "response": f"{work}{a + b}"}
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -56,11 +53,10 @@ def main(folder: Path) -> None:
     tasks = [{"prompt": f"{a}+{b}", "verify": "exact", "answer": str(a + b)} for a, b in pairs]
     write(folder / "dev.jsonl", tasks[:HELD_OUT])
     write(folder / "test.jsonl", tasks[HELD_OUT : 2 * HELD_OUT])
-    known, tasks = pairs[2 * HELD_OUT :], tasks[2 * HELD_OUT :]
-    write(folder / "chats.jsonl", (demonstration(dice, a, b) for a, b in known[:DEMONSTRATIONS]))
-    write(folder / "train.jsonl", tasks[DEMONSTRATIONS:])
-    dice = random.Random(SEED + 1)
-    write(folder / "text.jsonl", ({"text": document(dice, known)} for _ in range(DOCUMENTS)))
+    shown, left = pairs[2 * HELD_OUT :][:DEMONSTRATIONS], tasks[2 * HELD_OUT + DEMONSTRATIONS :]
+    write(folder / "chats.jsonl", (demonstration(a, b) for a, b in shown))
+    write(folder / "train.jsonl", left)
+    write(folder / "text.jsonl", ({"text": document(dice)} for _ in range(DOCUMENTS)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Does RL move a real number? Sums, worked out or not: SFT until its dev score stands still, then GRPO.
+"""Does RL move a real number? Sums, worked out column by column: SFT until its dev score stands still, then GRPO.
 
     python -m scripts.rl_moves FOLDER [--seeds 3] [--plot FILE.png]
 
-One base model and SFT on demonstrations, of which most say the result alone. Its best checkpoint on the dev questions
+One base model, and SFT on a few demonstrations. Its best checkpoint on the dev questions
 goes on, for each seed: by GRPO on questions that have nothing but their answers and, as the control, by more SFT for as
 many CPU-seconds, of which again the best checkpoint counts. All are then asked the test questions, which chose nothing:
 with the likeliest tokens, and drawn at temperature 1. Every part goes on where it was stopped. Prints the table, writes
@@ -37,14 +37,14 @@ RECIPE = Path(__file__).with_name("column_sums.toml")
 LONGEST = 16  # tokens of an answer
 HERE = ("train.device=cpu", "train.dtype=fp32")
 OF_SFT = (
-    *HERE, "train.checkpoint_every=20", "train.keep_checkpoints=1000", "train.eval_every=100000",
-    "schedule.batch_tokens=[{until=1,value=2048}]",
+    *HERE, "train.keep_checkpoints=1000", "train.eval_every=100000", "schedule.batch_tokens=[{until=1,value=2048}]",
 )  # fmt: skip
-TOKENS = 700_000  # of SFT: more change nothing
-RATE = "{until=0.1,value=1e-4,shape='linear'},{until=0.5,value=1e-4},{until=1,value=1e-5,shape='linear'}"
+TOKENS = 600_000  # of SFT: more change nothing
+# Many small steps: see docs/log.md.
+RATE = "{until=0.05,value=4e-5,shape='linear'},{until=0.5,value=4e-5},{until=1,value=4e-6,shape='linear'}"
 OF_GRPO = (
-    *HERE, f"grpo.max_tokens={LONGEST}", "grpo.steps=40", "grpo.prompts=64", "grpo.group=8", "grpo.kl_weight=0",
-    "optimizer.beta2=0.99", "train.checkpoint_every=20", f"schedule.learning_rate=[{RATE}]",
+    *HERE, f"grpo.max_tokens={LONGEST}", "grpo.steps=300", "grpo.prompts=64", "grpo.group=8", "grpo.kl_weight=0",
+    "optimizer.beta2=0.99", "train.checkpoint_every=50", "train.eval_every=25", f"schedule.learning_rate=[{RATE}]",
 )  # fmt: skip
 
 Curve = list[tuple[float, float]]  # CPU-seconds since the part began, share right
@@ -87,7 +87,8 @@ def begin_at(run: Path, best: Path, out: Path) -> None:
 
 def taught(folder: Path) -> tuple[Path, Curve, float]:
     """SFT of the base model: the run as it was at its best checkpoint, its dev scores, its CPU-seconds per token."""
-    receipt = sft(folder / "base", folder / "task" / "chats.jsonl", folder / "sft", (*OF_SFT, f"train.tokens={TOKENS}"))
+    asked = (*OF_SFT, "train.checkpoint_every=20", f"train.tokens={TOKENS}")
+    receipt = sft(folder / "base", folder / "task" / "chats.jsonl", folder / "sft", asked)
     scores, best = curve(folder / "sft", folder / "task" / "dev.jsonl")
     begin_at(folder / "sft", best, folder / "best")
     return folder / "best", scores, receipt["cpu_seconds"] / receipt["tokens"]
@@ -101,7 +102,7 @@ def one_seed(folder: Path, begun: Path, cost: float, seed: int) -> dict[str, Any
     spent = grpo(begun, task / "train.jsonl", rewarded, (*OF_GRPO, f"train.seed={seed}"), dev)["cpu_seconds"]
     steps, held_out = read(rewarded)
     at = {row["step"]: row["cpu_seconds"] for row in steps} | {0: 0.0}
-    asked = (*OF_SFT, f"train.seed={seed}", f"train.tokens={round(1.1 * spent / cost)}")
+    asked = (*OF_SFT, "train.checkpoint_every=80", f"train.seed={seed}", f"train.tokens={round(spent / cost)}")
     more = sft(begun, task / "chats.jsonl", control, asked)
     after, best_of_more = curve(control, dev)
     named = {"sft": (begun, None), "grpo": (rewarded, None), "control": (control, best_of_more / "model")}
