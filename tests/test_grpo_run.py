@@ -12,14 +12,15 @@ import torch
 
 from leanseek import checkpoint
 from leanseek.cli import main
-from leanseek.config import BadInput, GRPOConfig
+from leanseek.config import BadInput, GRPOConfig, read_recipe
 from leanseek.eval.verify import Verifier
-from leanseek.post import judge
-from leanseek.post.grpo import Explorer, grpo
+from leanseek.post import judge, sft
+from leanseek.post.grpo import Explorer, grpo, tuned
 from leanseek.post.reward_model import RewardModel, Scorer
 from leanseek.post.rewards import Correct, Format, Graded, Language, Preferred, asked_for, earned
 from leanseek.post.rollout import Answer, Question
 from leanseek.serve.engine import Engine
+from leanseek.train.schedule import knobs
 from tests.runs import CONTEXT, make_run, model_of, tokenizer
 from tests.test_pretrain import tensors_of
 
@@ -504,3 +505,21 @@ def test_twenty_steps_raise_what_answers_earn(run: Path, task: Path, tmp_path: P
         assert max(row["logprob_gap"] for row in rows_of(out)) < 1e-4
     assert sum(earned_by["learning"][-4:]) / 4 > 0.75
     assert max(earned_by["still"]) < 0.6  # without learning there is nothing to see
+
+
+def test_the_configuration_is_the_runs_tuned_down() -> None:
+    before = read_recipe("nano", ("train.max_steps=5", 'stages.0.mixture={"code" = 1.0}', "data.fim_rate=0.1"))
+    config = tuned(before)
+    assert config.model == before.model
+    assert config.grpo == GRPOConfig()
+    at = {share: knobs(config.schedule, share * 200, 200) for share in (0.0, 0.025, 0.05, 1.0)}
+    rates = [now.learning_rate / 4e-3 for now in at.values()]
+    assert rates == pytest.approx([0.0, 0.015, 0.03, 0.03])
+    assert all(now.bias_speed == now.mtp_weight == 0 for now in at.values())
+    assert config.train.balance_loss_alpha == 0
+    assert config.train.checkpoint_every == 1  # a kill costs the step at hand and no more
+    again = tuned(config)  # from a run that was rewarded already: as before
+    assert again.schedule == config.schedule
+    assert sft.tuned(config).grpo is None
+    v3 = tuned(read_recipe("v3"))
+    assert knobs(v3.schedule, 100, 200).learning_rate == pytest.approx(1e-6)

@@ -38,20 +38,21 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.tasks import read_task
 from leanseek.eval.verify import Verifier
 from leanseek.model.transformer import Transformer
-from leanseek.plan.count import flops_per_token
+from leanseek.plan.count import flops_per_token, parameters
 from leanseek.post.objective import all_equal
 from leanseek.post.rewards import Correct, Reward, asked_for, earned
 from leanseek.post.rl_log import RLLog, cut_samples, plot
 from leanseek.post.rl_step import Learnt, learn
 from leanseek.post.rollout import Answer, EngineRollouts, Interrupted, Questions, Rollouts
-from leanseek.post.sft import check_overrides, tokenizer_of
+from leanseek.post.sft import LARGE, check_overrides, tokenizer_of
 from leanseek.post.vllm import VLLMRollouts
 from leanseek.train.loop import Clock, Ending, Progress, stop_signals
 from leanseek.train.receipt import write_receipt
 from leanseek.train.schedule import Knobs, knobs
 from leanseek.train.setup import build, settled, take_up
 
-RATE = 0.03  # the learning rate as a share of pre-training's peak
+PUBLISHED = 1e-6  # DeepSeekMath's rate, for models as large as those it was made for
+RATE = 0.03  # of smaller ones: a share of the peak of the run that it begins with
 WARM_UP = 0.05  # share of the steps
 NOTHING = (
     "all answers to a question earned the same, whatever the question: nothing to learn from; "
@@ -123,7 +124,9 @@ def tuned(config: Config) -> Config:
     step at hand and no more. MTP modules, which no reward reaches, rest as they are, and so does the routers' bias.
     """
     peak = max(max(piece.value, piece.start or 0.0) for piece in config.schedule.learning_rate)
-    begin, then = Piece(until=WARM_UP, value=RATE * peak, shape="linear"), Piece(until=1, value=RATE * peak)
+    if config.grpo is None:  # else it goes on with what was rewarded before
+        peak = PUBLISHED if parameters(config.model).activated >= LARGE else RATE * peak
+    begin, then = Piece(until=WARM_UP, value=peak, shape="linear"), Piece(until=1, value=peak)
     schedule = ScheduleConfig(
         unit="fraction",
         learning_rate=(begin, then),
