@@ -3,6 +3,9 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -523,3 +526,25 @@ def test_the_configuration_is_the_runs_tuned_down() -> None:
     assert sft.tuned(config).grpo is None
     v3 = tuned(read_recipe("v3"))
     assert knobs(v3.schedule, 100, 200).learning_rate == pytest.approx(1e-6)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_goes_on_bit_identical(run: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"A fox {i}", "verify": "regex", "answer": "[aeiou]"} for i in range(6)]
+    task = write(tmp_path / "task.jsonl", rows)
+
+    def command(out: Path) -> list[str]:
+        asked = ["grpo", str(run), "--task", str(task), "--out", str(out), *QUIET, "grpo.steps=6"]
+        return [sys.executable, "-m", "leanseek", *asked]
+
+    subprocess.run(command(tmp_path / "whole"), check=True, capture_output=True, timeout=600)
+    out = tmp_path / "out"
+    for wanted in (2, 4):
+        with subprocess.Popen(command(out), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+            metrics = out / "metrics.jsonl"
+            while process.poll() is None and not (metrics.exists() and f'"step": {wanted},' in metrics.read_text()):
+                time.sleep(0.01)
+            process.kill()
+        assert process.returncode == -signal.SIGKILL
+    subprocess.run(command(out), check=True, capture_output=True, timeout=600)
+    assert same(out, tmp_path / "whole")
