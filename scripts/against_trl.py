@@ -45,8 +45,11 @@ def theirs(export: Path, task: Path, out: Path, steps: int, seed: int) -> None:
         def on_step_end(self, *_: Any, **__: Any) -> None:
             at.append((time.monotonic(), sum(os.times()[:4])))
 
-    def reward(completions: list[Any], answer: list[str], **_: Any) -> list[float]:
-        texts = [each[0]["content"] for each in completions]
+    tokenizer = AutoTokenizer.from_pretrained(export)
+
+    def reward(completion_ids: list[list[int]], answer: list[str], **_: Any) -> list[float]:
+        # Not the completions' text: in that the tags are gone, and with them where the answer begins.
+        texts = [text.removesuffix(tokenizer.eos_token) for text in tokenizer.batch_decode(completion_ids)]
         return [float(right(text, wanted)) for text, wanted in zip(texts, answer, strict=True)]
 
     settings = GRPOConfig(
@@ -58,7 +61,7 @@ def theirs(export: Path, task: Path, out: Path, steps: int, seed: int) -> None:
     )  # fmt: skip
     trainer = GRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32),
-        processing_class=AutoTokenizer.from_pretrained(export),
+        processing_class=tokenizer,
         reward_funcs=reward,
         args=settings,
         train_dataset=Dataset.from_list(questions),

@@ -37,7 +37,6 @@ class RLLog(Log):
         self.dev = dev
         self.write({"step": step, "dev": dev, "questions": count})
         self.say(f"step {step} · {dev:.1%} of {count:,} held-out questions right")
-        plot(self.run)
 
     def samples(self, step: int, answers: Sequence[Answer], rewards: Sequence[float | None]) -> None:
         with (self.run / SAMPLES).open("a", encoding="utf-8") as file:

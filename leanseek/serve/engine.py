@@ -23,7 +23,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.serve.cache import PAGE, Cache
 from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Now, Runner
-from leanseek.serve.sampling import Sampling, adjust, draw, race
+from leanseek.serve.sampling import Races, Sampling, adjust, draw
 from leanseek.serve.scheduler import Entry, Pages, Scheduler
 from leanseek.serve.speculate import follow
 from leanseek.serve.writer import Writer
@@ -62,7 +62,15 @@ class Metrics:
 class Request:
     """What became of a prompt so far; for others to look at."""
 
-    def __init__(self, prompt: list[int], sampling: Sampling, entry: Entry, writer: Writer, grammar: Grammar | None):
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        entry: Entry,
+        writer: Writer,
+        grammar: Grammar | None,
+        races: Races,
+    ) -> None:
         self.prompt, self.sampling, self.entry = prompt, sampling, entry
         self.drawn: list[int] = []  # without the end of the text, and with what a stop string cut
         self.draws = 0
@@ -71,7 +79,7 @@ class Request:
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.draft: int | None = None  # what the MTP module thinks comes next
         self.matcher = grammar.matcher() if grammar is not None else None
-        self._writer, self._text = writer, ""
+        self._writer, self._text, self._races = writer, "", races
         self._race: tuple[int, Tensor] | None = None
 
     @property
@@ -88,7 +96,7 @@ class Request:
         """The times [V] that decide the next token: kept, as a draft and its verification meet the same."""
         place = len(self.entry.tokens)
         if self._race is None or self._race[0] != place:
-            self._race = place, race(self.sampling.seed, place, size)
+            self._race = place, self._races(self.sampling.seed, place, size)
         return self._race[1]
 
     def push(self, token: int, eos: int, most: int) -> None:
@@ -149,7 +157,7 @@ class Engine:
         self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates)
         self.scheduler = Scheduler(Pages(pages, PAGE), max_running, chunk, ahead=1 if self.speculates else 0)
         self.requests: dict[Entry, Request] = {}  # those that have not ended
-        self.metrics = Metrics()
+        self.metrics, self.races = Metrics(), Races()
         # Never drawn: rows of the embedding that no token has, and tokens that cannot follow anything.
         closed = {*range(tokenizer.vocab_size, self.config.vocab_size), tokenizer.bos_id, tokenizer.pad_id}
         self.closed = torch.tensor(sorted(closed - {tokenizer.eos_id}), device=self.device)
@@ -181,7 +189,12 @@ class Engine:
         if places > room:
             raise BadInput(f"prompt and max_tokens are {places} tokens together, the cache holds {room}: ask for fewer")
         request = Request(
-            list(prompt), sampling, Entry(list(prompt), places), Writer(self.tokenizer, sampling.stop), grammar
+            list(prompt),
+            sampling,
+            Entry(list(prompt), places),
+            Writer(self.tokenizer, sampling.stop),
+            grammar,
+            self.races,
         )
         self.scheduler.add(request.entry)
         self.requests[request.entry] = request
