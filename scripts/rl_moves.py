@@ -94,18 +94,25 @@ def taught(folder: Path) -> tuple[Path, Curve, float]:
     return folder / "best", scores, receipt["cpu_seconds"] / receipt["tokens"]
 
 
+def rewarded(folder: Path, begun: Path, seed: int) -> tuple[Path, float]:
+    """A run of GRPO, and the CPU-seconds it took, its dev questions included."""
+    out, task = folder / f"grpo-{seed}", folder / "task"
+    receipt = grpo(begun, task / "train.jsonl", out, (*OF_GRPO, f"train.seed={seed}"), task / "dev.jsonl")
+    return out, receipt["cpu_seconds"]
+
+
 def one_seed(folder: Path, begun: Path, cost: float, seed: int) -> dict[str, Any]:
-    """GRPO and, as the control, more SFT for at least as many CPU-seconds, from the same checkpoint."""
+    """GRPO and, as the control, more SFT for as many CPU-seconds, from the same checkpoint."""
     task = folder / "task"
     dev, test = task / "dev.jsonl", task / "test.jsonl"
-    rewarded, control = folder / f"grpo-{seed}", folder / f"control-{seed}"
-    spent = grpo(begun, task / "train.jsonl", rewarded, (*OF_GRPO, f"train.seed={seed}"), dev)["cpu_seconds"]
-    steps, held_out = read(rewarded)
+    run, spent = rewarded(folder, begun, seed)
+    control = folder / f"control-{seed}"
+    steps, held_out = read(run)
     at = {row["step"]: row["cpu_seconds"] for row in steps} | {0: 0.0}
     asked = (*OF_SFT, "train.checkpoint_every=80", f"train.seed={seed}", f"train.tokens={round(spent / cost)}")
     more = sft(begun, task / "chats.jsonl", control, asked)
     after, best_of_more = curve(control, dev)
-    named = {"sft": (begun, None), "grpo": (rewarded, None), "control": (control, best_of_more / "model")}
+    named = {"sft": (begun, None), "grpo": (run, None), "control": (control, best_of_more / "model")}
 
     def right(file: Path, temperature: float) -> dict[str, float]:
         return {name: score(run, file, temperature, weights) for name, (run, weights) in named.items()}
@@ -167,6 +174,8 @@ def main() -> None:
     pretrain(read_recipe(str(RECIPE), HERE), folder / "data", folder / "base")
     begun, before, cost = taught(folder)
     results = []
+    for seed in range(asked.seeds):
+        rewarded(folder, begun, seed)
     for seed in range(asked.seeds):
         results.append(one_seed(folder, begun, cost, seed))
         (folder / "results.json").write_text(json.dumps({"sft": before, "seeds": results}, indent=1))
