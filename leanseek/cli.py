@@ -155,6 +155,28 @@ def sft(
 
 
 @app.command()
+def grpo(
+    run: Run,
+    task: Annotated[
+        Path, typer.Option(metavar="TASK.jsonl", help="Questions whose answers can be verified, one on each line.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="RUN2", help="The run that is rewarded; the same command again resumes.")
+    ],
+    dev: Annotated[
+        Path | None, typer.Option(metavar="TASK.jsonl", help="Questions to be answered now and then, not learnt from.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example grpo.steps=100.")
+    ] = None,
+) -> None:
+    """Reward a run for right answers; the same command again goes on where it stopped."""
+    from leanseek.post.grpo import grpo as run_grpo
+
+    _print_receipt(run_grpo(run, task, out, overrides or [], dev))
+
+
+@app.command()
 def reward(
     run: Run,
     data: Annotated[

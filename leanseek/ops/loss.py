@@ -3,6 +3,7 @@
 N tokens · D width · V vocabulary · k likeliest tokens. A target of IGNORE adds nothing to the sum.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,42 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     weight = weight.to(hidden.dtype)
     pieces = _pieces(hidden, weight.shape[0])
     return torch.cat([losses_and_error(hidden[rows] @ weight.T, targets[rows], False)[0] for rows in pieces])
+
+
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of each target, with its gradient, and the entropy of each distribution, without: nats, [N] each.
+
+    hidden [N, D], weight [V, D], targets [N], all valid; closed: ids that are never drawn, so that the others share the
+    probability. At least FP32. The logits are worked out piece by piece and, for the gradient, once more, so that
+    memory does not grow with N·V.
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets, closed)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, targets, closed)
+        picked, entropies, narrow = [], [], weight.to(hidden.dtype)
+        for rows in _pieces(hidden, weight.shape[0]):
+            logits = _logits(hidden[rows], narrow).index_fill_(1, closed, -math.inf)
+            picked.append(logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(dim=-1))
+            entropies.append(torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1))
+        logprob, entropy = torch.cat(picked), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets, closed = ctx.saved_tensors
+        narrow, grad_hidden, grad_weight = weight.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _pieces(hidden, weight.shape[0]):
+            index, scale = targets[rows, None], grad[rows, None]
+            chances = _logits(hidden[rows], narrow).index_fill_(1, closed, -math.inf).softmax(dim=-1)
+            error = chances.mul_(-scale).scatter_add_(1, index, scale).to(hidden.dtype)  # d (grad · log p) / d logits
+            grad_hidden[rows] = error @ narrow
+            grad_weight += error.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None
 
 
 @torch.no_grad()

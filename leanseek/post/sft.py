@@ -132,6 +132,8 @@ def tuned(config: Config, adapters: bool = False) -> Config:
             "data": DataConfig(),
             "teacher": None,
             "lora": None,
+            "grpo": None,
+            "rollout": None,
             "stages": (stage.model_copy(update={"share": 1.0, "mixture": {}}),),
             "mesh": MeshConfig(),  # of the processes that run now
         }

@@ -107,6 +107,21 @@ def race(seed: int, place: int, size: int) -> Tensor:
     return torch.from_numpy(np.maximum(times, np.finfo(np.float64).tiny))
 
 
+class Races:
+    """`race` again and again, a third as dear: one generator is wound to each place's numbers. For one thread."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=0)
+        self.generator, self.wound = np.random.Generator(self.philox), dict(self.philox.state)
+
+    def __call__(self, seed: int, place: int, size: int) -> Tensor:
+        key = np.array([seed % 2**64, place], dtype=np.uint64)
+        self.wound["state"] = {"counter": np.zeros(4, dtype=np.uint64), "key": key}
+        self.philox.state = self.wound
+        times = self.generator.standard_exponential(size)
+        return torch.from_numpy(np.maximum(times, np.finfo(np.float64).tiny, out=times))
+
+
 def adjust(logits: Tensor, sampling: Sampling, prompt: Sequence[int], drawn: Sequence[int]) -> None:
     """Penalties and bias, in place on one row [V]."""
     if sampling.repetition_penalty != 1:

@@ -72,7 +72,7 @@ class Log:
         }
         if result.divergence is not None:
             row["divergence"] = result.divergence
-        self._write(row)
+        self.write(row)
         bpb = "" if self.validated is None else f" · {self.measure} {self.validated:.3f}"
         what = (
             f"step {at.step} · loss {result.loss:.3f}{bpb} · {rate:,.0f} tokens/s · {_rate(flops / seconds)} "
@@ -86,12 +86,13 @@ class Log:
 
     def validation(self, step: int, tokens: int, result: float) -> None:
         self.validated = result
-        self._write({"step": step, "tokens": tokens, self.measure: result})
+        self.write({"step": step, "tokens": tokens, self.measure: result})
         self.say(f"step {step} · {tokens:,} tokens · validation {result:.4f} {MEASURES[self.measure]}")
         if not self.silent:
             plot_losses(self.run, self.measure)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers for TensorBoard."""
         if self.silent:
             return
         with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -101,7 +102,7 @@ class Log:
 
             self.tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=row["step"])
         for name, value in row.items():
-            if name not in ("step", "seconds", "cpu_seconds", "flops"):
+            if value is not None and name not in ("step", "seconds", "cpu_seconds", "flops"):
                 self.tensorboard.add_scalar(name, value, row["step"])
 
 

@@ -121,7 +121,7 @@ def train(
     kept = Kept(run, model, optimizers, average, ranks)
     saver = checkpoint.Saver(run, config.train.keep_checkpoints, ranks, config.train.background_saves)
     progress = _resume(kept, log)
-    clock = _Clock(progress, ranks)
+    clock = Clock(progress, ranks)
     saved: Progress | None = None if progress.step == 0 else replace(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
 
@@ -139,7 +139,7 @@ def train(
             forget_gathered(model)
             log.validation(progress.step, progress.tokens, progress.bpb)
 
-    with _signals() as asked_to_stop:
+    with stop_signals() as asked_to_stop:
         while True:
             ending = _ending(config, progress, batches, clock, ranks.any(bool(asked_to_stop)))
             # Before a validation, which may take long, and at step 0 too: there is always something to go back to.
@@ -254,9 +254,7 @@ def _wrong_with(result: StepResult, limits: Limits) -> str:
     )
 
 
-def _ending(
-    config: Config, progress: Progress, batches: Batches, clock: "_Clock", asked_to_stop: bool
-) -> Ending | None:
+def _ending(config: Config, progress: Progress, batches: Batches, clock: "Clock", asked_to_stop: bool) -> Ending | None:
     """Why to end here, if so; moves on to the next stage when one is used up."""
     while progress.stage < len(config.stages) and progress.sample >= batches.samples(progress.stage):
         progress.stage, progress.sample = progress.stage + 1, 0
@@ -307,10 +305,10 @@ def _skipped_until(progress: Progress) -> int | None:
     return None
 
 
-class _Clock:
+class Clock:
     """Wall and CPU seconds of the run, the latter summed over ranks: those of earlier processes and of these."""
 
-    def __init__(self, progress: Progress, ranks: Ranks) -> None:
+    def __init__(self, progress: Progress, ranks: Ranks = ALONE) -> None:
         self.wall = time.monotonic() - progress.seconds
         self.cpu_before, self.cpu_at_start = progress.cpu_seconds, _cpu_seconds()
         self.ranks = ranks
@@ -333,7 +331,7 @@ def _cpu_seconds() -> float:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask for a stop after the step at hand; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
 
