@@ -9,6 +9,7 @@ for its verification, meets the same chance.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -112,7 +113,8 @@ class Races:
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
-        self.generator, self.wound = np.random.Generator(self.philox), dict(self.philox.state)
+        self.generator = np.random.Generator(self.philox)
+        self.wound: Any = dict(self.philox.state)
 
     def __call__(self, seed: int, place: int, size: int) -> Tensor:
         key = np.array([seed % 2**64, place], dtype=np.uint64)
