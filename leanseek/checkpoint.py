@@ -23,6 +23,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -37,12 +38,14 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import CheckpointException, HuggingFaceStorageWriter
 from torch.optim import Optimizer
 
-from leanseek.config import BadInput, Config, ModelConfig, differences, read_config, to_toml
+from leanseek.config import BadInput, Config, LoraConfig, ModelConfig, differences, read_config, to_toml
+from leanseek.model.lora import merge
+from leanseek.model.transformer import Transformer
 from leanseek.ops.fp8 import SCALE, dequantise
 from leanseek.parallel.mesh import ALONE, Ranks, everyones, lead
 from leanseek.parallel.parts import Part, gathered, local, parts
 from leanseek.parallel.tensor import cut, share
-from leanseek.weightfiles import open_folder
+from leanseek.weightfiles import Stored, open_folder
 
 FORMAT_VERSION = 1
 IMPORTED = Path("checkpoints/step-00000000/model")  # where the weights of an imported run are
@@ -118,18 +121,25 @@ def create_run(
     data: Path,
     chats: bool = False,
     begun_with: Path | None = None,
+    scores: bool = False,
 ) -> None:
     """Make RUN hold `config`, a copy of the tokenizer's folder, the place of its data and an empty `checkpoints/`.
 
     `chats` says that the run was taught to answer: a prompt then goes through the chat template unless asked raw.
-    `begun_with` is the run whose weights it starts from: what came with those when they were imported comes along.
+    `scores` says that it is a reward model. `begun_with` is the run whose weights it starts from: what came with those
+    when they were imported comes along, and where RUN is to hold adapters, which checkpoint they belong to is noted.
     """
     _make_folder(run)
     if is_import(run):  # has its tokenizer; until its data are noted, last, it may be begun otherwise
         _write_whole(run / "config.toml", to_toml(config).encode())
         _write_facts(run, data_fingerprint, str(data.absolute()), chats)
         return
-    _write_facts(run, data_fingerprint, str(data.absolute()), chats)
+    base = None
+    if config.lora is not None and begun_with is not None:
+        found = newest(begun_with, lambda _: None)
+        assert found is not None
+        base = {"checkpoint": str(found.path.absolute()), "sha256": _digest(found.path / "checksums.json")}
+    _write_facts(run, data_fingerprint, str(data.absolute()), chats, scores, base)
     _make_folder(run / "checkpoints")
     shutil.copytree(tokenizer, run / "tokenizer", dirs_exist_ok=True)
     if begun_with is not None and (begun_with / "released").is_dir():
@@ -180,6 +190,12 @@ def chats(run: Path) -> bool:
     """Whether an existing run was taught to answer in chats. Raises BadInput."""
     read_run(run)
     return bool(_run_facts(run)["chats"])
+
+
+def scores(run: Path) -> bool:
+    """Whether an existing run is a reward model, which scores chats and says nothing. Raises BadInput."""
+    read_run(run)
+    return bool(_run_facts(run).get("scores"))
 
 
 def cut_metrics(run: Path, step: int, validated: int | None) -> dict[str, float]:
@@ -364,6 +380,53 @@ def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     if found:
         raise BadInput(f"{run}: none of its {len(found)} checkpoints is whole: start again in a new folder")
     return None
+
+
+def load_newest(run: Path, model: Transformer) -> None:
+    """Fill `model` with the newest weights of RUN, whatever they are stored in, adapters merged. Raises BadInput."""
+    load_weights(newest_weights(run), model)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The newest weights of a run: the folder they are in, or that of its base and the adapters beside those."""
+
+    folder: Path
+    adapters: dict[str, Stored]
+    lora: LoraConfig | None
+
+
+def newest_weights(run: Path, averaged: bool = False) -> Weights:
+    """The newest weights of RUN, or their moving average.
+
+    Raises BadInput where RUN has no whole checkpoint, or no average, and where the base of its adapters is gone or
+    another.
+    """
+    found = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
+    if found is None:
+        raise BadInput(f"{run}: has no checkpoint yet: train it first")
+    folder = found.weights(averaged)
+    if "base" not in _run_facts(run):
+        return Weights(folder, {}, None)
+    return Weights(base_of(run), open_folder(folder), read_config(run / "config.toml").lora)
+
+
+def load_weights(weights: Weights, model: Transformer, ranks: Ranks = ALONE) -> None:
+    """Fill `model`, or a rank's part of it, with `weights`, adapters merged. Raises BadInput."""
+    if weights.lora is not None and ranks.world > 1:
+        raise BadInput(f"{weights.folder}: has adapters, which one process merges: export the run and import that")
+    load_model_weights(weights.folder, model, ranks=ranks)
+    if weights.lora is not None:
+        merge(model, {name: stored.read() for name, stored in weights.adapters.items()}, weights.lora)
+
+
+def base_of(run: Path) -> Path:
+    """The folder with the weights that RUN's adapters belong to. Raises BadInput where it is gone or another."""
+    base = _run_facts(run)["base"]
+    its = Path(base["checkpoint"])
+    if not (its / "checksums.json").is_file() or _digest(its / "checksums.json") != base["sha256"]:
+        raise BadInput(f"{run}: holds adapters of {its}, which is no longer there as it was: bring it back")
+    return its / "model"
 
 
 def load(
@@ -650,9 +713,17 @@ def _as_released(model: ModelConfig, stored: ModelConfig) -> ModelConfig:
     return model.model_copy(update=told)
 
 
-def _write_facts(run: Path, data_fingerprint: str | None, data: str | None, chats: bool) -> None:
+def _write_facts(
+    run: Path,
+    data_fingerprint: str | None,
+    data: str | None,
+    chats: bool,
+    scores: bool = False,
+    base: dict[str, str] | None = None,
+) -> None:
     facts = {"format_version": FORMAT_VERSION, "data_fingerprint": data_fingerprint, "data": data, "chats": chats}
-    write_json(run / "run.json", facts)
+    kind: dict[str, Any] = ({"scores": True} if scores else {}) | ({"base": base} if base else {})
+    write_json(run / "run.json", facts | kind)
 
 
 def _make_folder(path: Path) -> None:

@@ -172,6 +172,81 @@ def sft(
     _print_receipt(run_sft(run, data, out, overrides or []))
 
 
+@app.command()
+def grpo(
+    run: Run,
+    task: Annotated[
+        Path, typer.Option(metavar="TASK.jsonl", help="Questions whose answers can be verified, one on each line.")
+    ],
+    out: Annotated[
+        Path, typer.Option(metavar="RUN2", help="The run that is rewarded; the same command again resumes.")
+    ],
+    dev: Annotated[
+        Path | None, typer.Option(metavar="TASK.jsonl", help="Questions to be answered now and then, not learnt from.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example grpo.steps=100.")
+    ] = None,
+) -> None:
+    """Reward a run for right answers; the same command again goes on where it stopped."""
+    from leanseek.post.grpo import grpo as run_grpo
+
+    _print_receipt(run_grpo(run, task, out, overrides or [], dev))
+
+
+@app.command()
+def reward(
+    run: Run,
+    data: Annotated[
+        Path,
+        typer.Option(
+            metavar="PAIRS.jsonl",
+            help='Per line {"chosen", "rejected"}: messages, transcripts, or answers to "prompt".',
+        ),
+    ],
+    out: Annotated[Path, typer.Option(metavar="RUN2", help="The reward model; the same command again resumes.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.tokens=2e6.")
+    ] = None,
+) -> None:
+    """Train a reward model from preferences; the same command again goes on where it stopped."""
+    from leanseek.post.reward_model import reward as run_reward
+
+    _print_receipt(run_reward(run, data, out, overrides or []))
+
+
+@app.command()
+def distill(
+    run: Run,
+    task: Annotated[Path, typer.Option(metavar="TASK.jsonl", help="Questions with answers that can be verified.")],
+    out: Annotated[Path, typer.Option(metavar="CHATS.jsonl", help="What it is to be taught; for sft.")],
+    samples: Annotated[int, typer.Option(help="Replies to each question.")] = 4,
+    keep: Annotated[int, typer.Option(help="Most replies kept of one question, the shortest first.")] = 1,
+    temperature: Annotated[float, typer.Option()] = 1.0,
+    top_p: Annotated[float, typer.Option()] = 1.0,
+    max_tokens: Annotated[int | None, typer.Option(help="Of a reply.")] = None,
+    longest: Annotated[int | None, typer.Option(help="Most tokens of a reply that is kept.")] = None,
+    one_language: Annotated[float, typer.Option(help="Least share of its words in the question's script.")] = 0.95,
+    thoughts: Annotated[bool, typer.Option("--thoughts", help="Keep replies with <think> thoughts only.")] = False,
+    system: Annotated[
+        str | None, typer.Option(help="The system message that asks for reflection; '' for none; ours unless told.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="So many of the questions, chosen by --seed.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Let a run answer a task, and keep the right, well-formed replies as chats; the same command again goes on."""
+    from leanseek.eval.ask import Settings
+    from leanseek.post.distill import REFLECT, Choice, say
+    from leanseek.post.distill import distill as run_distill
+
+    told = REFLECT if system is None else system or None
+    settings = Settings(
+        samples=samples, temperature=temperature, top_p=top_p, max_tokens=max_tokens, limit=limit, seed=seed,
+        system=told,
+    )  # fmt: skip
+    say(out, run_distill(run, task, out, settings, Choice(keep, longest, one_language, thoughts=thoughts)))
+
+
 @app.command("eval")
 def evaluate(
     run: Run,

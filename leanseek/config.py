@@ -130,6 +130,13 @@ class ModelConfig(Section):
         return layer >= self.first_k_dense_replace
 
 
+# The matrices of a block, by the names of released files: what adapters may stand beside.
+LINEAR = (
+    *("q_proj", "q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"),
+    *("gate_proj", "up_proj", "down_proj"),
+)
+
+
 # ── the training sections ─────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -260,9 +267,80 @@ class MeshConfig(Section):
     timeout: float = Field(600, gt=0)  # seconds that a collective may take
 
 
+class TeacherConfig(Section):
+    """A larger run of the same tokenizer to learn from: its `top_k` likeliest tokens at every place (report §5.4.1)."""
+
+    run: str
+    top_k: int = Field(64, gt=0)
+    weight: float = Field(0.5, gt=0, le=1)  # of the divergence from it; the rest is the text's own cross-entropy
+
+
+class LoraConfig(Section):
+    """Adapters of low rank beside frozen weights, which rest in 8 bits; V2-Lite is tuned on one GPU so."""
+
+    rank: int = Field(gt=0)
+    alpha: float = Field(32, gt=0)  # what an adapter says is scaled by alpha / rank
+    modules: tuple[str, ...] = Field(LINEAR, min_length=1)
+    experts: bool = False  # adapters of the routed experts too, one pair for each matrix
+    # how the frozen weights rest; auto: FP8 where they came so, else INT8, frozen in the run
+    base: Literal["auto", "fp8", "int8", "unchanged"] = "auto"
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for name in self.modules:
+            if name not in LINEAR:
+                raise ValueError(f"modules: no layer is called {name!r}{nearest(name, list(LINEAR))}")
+        return self
+
+
 class CostConfig(Section):
     device: str = "this machine"
     usd_per_device_hour: float = Field(0.1, ge=0)
+
+
+class GRPOConfig(Section):
+    """Reinforcement learning (report §5.2.2). A step draws `group` answers to each of `prompts` questions.
+
+    Unless told it is GRPO as DeepSeekMath and V3 publish it; what was found amiss with that later is an option each.
+    """
+
+    steps: int = Field(200, gt=0)
+    prompts: int = Field(32, gt=0)
+    group: int = Field(16, gt=1)
+    max_tokens: int = Field(256, gt=0)  # of one answer
+    updates: int = Field(1, gt=0)  # optimizer steps that the answers of a step are divided among
+    clip_low: float = Field(0.2, gt=0, lt=1)
+    clip_high: float = Field(0.2, gt=0)  # above clip_low: room for tokens that are rare yet
+    kl_weight: float = Field(0.04, ge=0)  # β; 0 needs no reference model
+    reference_every: int | None = Field(None, gt=0)  # steps after which the model at hand becomes the reference
+    ratio: Literal["token", "sequence"] = "token"  # of probabilities: as DeepSeekMath has it, as V3's eq. 26 is written
+    # what a token's term is divided by: its answer's length and the answers; all tokens; max_tokens and the answers
+    normalise: Literal["answer", "token", "constant"] = "answer"
+    divide_by_std: bool = True
+    dynamic_sampling: bool = False  # questions whose answers all earn the same are replaced by others
+    most_rounds: int = Field(4, gt=1)  # of questions that dynamic sampling may take for one step
+    importance_cap: float | None = Field(None, gt=0)  # truncated weights for what trainer and engine see differently
+    drop_cut: bool = False  # answers that max_tokens cut are not learnt from
+    router_replay: bool = False  # train every token with the experts that it met when it was drawn
+    correct: float = Field(1.0, ge=0)  # what a right answer earns
+    format: float = Field(0.0, ge=0)  # what thoughts inside their tags, with an answer behind, earn
+    language: float = Field(0.0, ge=0)  # what thoughts in the question's script earn, by their share of the words
+    reward_model: str = ""  # a run of `leanseek reward` that scores every answer …
+    reward_model_weight: float = Field(1.0, gt=0)
+    judge_url: str = ""  # … and the base address of an OpenAI-compatible endpoint whose model grades it, 0 to 1
+    judge_model: str = ""
+    judge_weight: float = Field(1.0, gt=0)
+    samples_shown: int = Field(2, ge=0)  # answers of a step that are kept as text
+
+
+class RolloutConfig(Section):
+    """Who answers: our engine on the weights at hand, or a vLLM server that reads every step's export."""
+
+    engine: Literal["leanseek", "vllm"] = "leanseek"
+    at_once: int = Field(256, gt=0)  # answers that are drawn side by side
+    url: str = "http://127.0.0.1:8000"  # of vLLM
+    export: str = ""  # the folder that vLLM was started on
+    seconds: float = Field(3600.0, gt=0)  # that one answer of the server may take
 
 
 class Config(Section):
@@ -274,7 +352,11 @@ class Config(Section):
     data: DataConfig = DataConfig()
     stages: tuple[Stage, ...] = Field(min_length=1)
     mesh: MeshConfig = MeshConfig()
+    grpo: GRPOConfig | None = None
+    rollout: RolloutConfig | None = None
     cost: CostConfig = CostConfig()
+    teacher: TeacherConfig | None = None
+    lora: LoraConfig | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

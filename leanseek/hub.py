@@ -31,6 +31,7 @@ from torch import Tensor
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config, ModelConfig, explain
 from leanseek.data.tokenizer import Tokenizer
+from leanseek.model.lora import A, B, delta
 from leanseek.model.transformer import Transformer
 from leanseek.ops.fp8 import FP8, SCALE, dequantise, quantise, scale_shape, scales_of
 from leanseek.weightfiles import INDEX, Planned, Stored, open_folder, staged, write_folder
@@ -352,14 +353,18 @@ def _refuse(folder: Path, what: str, names: Iterable[str]) -> None:
 
 
 class Weights:
-    """The newest checkpoint of a run, or its `averaged` weights, in released pieces, one at a time. Raises BadInput."""
+    """The newest weights of a run, or their average, in released pieces, one at a time, adapters merged.
+
+    Raises BadInput.
+    """
 
     def __init__(self, run: Path, averaged: bool = False) -> None:
         self.run, self.config = run, checkpoint.read_run(run)
-        newest = checkpoint.newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
-        if newest is None:
-            raise BadInput(f"{run}: has no checkpoint yet: train it first")
-        self.tensors, self.places = open_folder(newest.weights(averaged)), layout(self.config.model)
+        if checkpoint.scores(run):
+            raise BadInput(f"{run}: is a reward model, which other tools have no place for: export what it began with")
+        found = checkpoint.newest_weights(run, averaged)
+        self.adapters, self.lora = found.adapters, found.lora
+        self.tensors, self.places = open_folder(found.folder), layout(self.config.model)
         self.kept = open_folder(run / "released") if (run / "released" / INDEX).is_file() else {}
         quantization = self.config.model.verbatim.get("quantization_config", {})
         self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
@@ -370,15 +375,20 @@ class Weights:
         return self.tensors[self.places[released].name].dtype
 
     def read(self, released: str, suffix: str = "") -> Tensor:
-        """The tensor, or with SCALE the scales beside it, as stored."""
-        place = self.places[released]
-        return self.tensors[place.name + suffix].read(place.part, place.parts)
+        """The tensor in the precision it is stored in, or with SCALE the scales beside it."""
+        if not suffix and self._adapted(released):
+            return self.values(released, self.dtype(released))
+        return self._stored(released, suffix)
 
     def values(self, released: str, dtype: torch.dtype) -> Tensor:
         """The tensor in FP32 or BF16, whatever it is stored in."""
+        values, adapter = self._stored(released), self._adapter(released)
         if self.dtype(released) == FP8:
-            return dequantise(self.read(released), self.read(released, SCALE), dtype)
-        return self.read(released).to(dtype)
+            values = dequantise(values, self._stored(released, SCALE), torch.float32 if adapter else dtype)
+        if adapter:
+            assert self.lora is not None
+            values = values.float() + delta(*adapter, self.lora)
+        return values.to(dtype)
 
     def codes(self, released: str) -> Tensor:
         """The tensor in FP8."""
@@ -388,11 +398,29 @@ class Weights:
         """The scales that belong to `codes`."""
         return self._in_fp8(released)[1].to(dtype)
 
+    def _stored(self, released: str, suffix: str = "") -> Tensor:
+        place = self.places[released]
+        return self.tensors[place.name + suffix].read(place.part, place.parts)
+
+    def _adapted(self, released: str) -> bool:
+        return self.places[released].name.removesuffix(".weight") + A in self.adapters
+
+    def _adapter(self, released: str) -> tuple[Tensor, Tensor] | None:
+        """A [r, in] and B [out, r] of the tensor, of a stack those of its part; None where it has no adapter."""
+        if not self._adapted(released):
+            return None
+        place = self.places[released]
+        name = place.name.removesuffix(".weight")
+        experts = math.prod(self.adapters[name + A].shape[:-2])
+        a = self.adapters[name + A].read(place.part * experts // place.parts, experts)
+        b = self.adapters[name + B].read(place.part, place.parts)
+        return a.view(-1, a.shape[-1]), b.view(-1, b.shape[-1])
+
     def _quantised(self, released: str) -> tuple[Tensor, Tensor]:
         """With the scales the tensor came with where they still represent every value, else with fresh ones."""
-        if self.dtype(released) == FP8:
-            return self.read(released), self.read(released, SCALE)
-        values = self.read(released).float()
+        if self.dtype(released) == FP8 and not self._adapted(released):
+            return self._stored(released), self._stored(released, SCALE)
+        values = self.values(released, torch.float32)
         if carried := self.kept.get(released + SCALE):
             scales = carried.read()
             codes = quantise(values, scales)
@@ -415,7 +443,7 @@ def export_release(run: Path, folder: Path, dtype: str | None = None, averaged: 
     planned = _released(weights, wanted, as_stored=dtype is None)
     scales = {} if wanted == FP8 else {name: kept for name, kept in weights.kept.items() if name.endswith(SCALE)}
     needed = sum(tensor.nbytes for tensor in planned) + sum(kept.nbytes for kept in scales.values())
-    with staged(folder, f"{_fingerprint(run, weights.tensors)} {dtype}", needed) as writing:
+    with staged(folder, f"{_fingerprint(run, weights.tensors | weights.adapters)} {dtype}", needed) as writing:
         with progress(f"export {run.name}", needed) as advance:
             write_folder(writing, planned, FILE_BYTES, advance)
             if scales:
@@ -425,7 +453,8 @@ def export_release(run: Path, folder: Path, dtype: str | None = None, averaged: 
                 if file.is_file() and not file.name.endswith(WEIGHT_FILES):
                     shutil.copyfile(file, writing / file.name)
         _write_json(writing / "config.json", released_config(model, wanted))
-        notes = {"chats": checkpoint.chats(run), "training": weights.config.model_dump(mode="json", exclude={"model"})}
+        training = weights.config.model_dump(mode="json", exclude={"model", "lora", "teacher"})
+        notes = {"chats": checkpoint.chats(run), "training": training}
         if "quantization_config" in model.verbatim:
             notes["quantization_config"] = model.verbatim["quantization_config"]
         _write_json(writing / NOTES, notes)

@@ -89,7 +89,8 @@ def read(run: Path) -> Told:
         steps, validations = read_metrics(run) if (run / "metrics.jsonl").exists() else ([], [])
     except ValueError:
         raise BadInput(f"{run}: receipt.json or metrics.jsonl is damaged") from None
-    return Told(run.resolve().name, receipt, steps, validations, results_of(run))
+    scored = [row for row in validations if "bpb" in row]  # a reward model's are of another kind
+    return Told(run.resolve().name, receipt, steps, scored, results_of(run))
 
 
 # ── the table ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -20,7 +20,7 @@ from tests.living_docs import NAMES_THE_PAST, ROOT, broken_markers, dead_links, 
 EVERYTHING = frozenset({"everything"})
 SERVE = frozenset({"model", "ops", "parallel", "checkpoint", "hub", "data.tokenizer"})
 EVAL = frozenset({"data", "model", "ops", "serve", "checkpoint"})
-TRAIN = frozenset({"data", "model", "ops", "parallel", "checkpoint", "plan.count"})
+TRAIN = frozenset({"data", "model", "ops", "parallel", "checkpoint", "weightfiles", "plan.count"})
 WEIGHTS = frozenset({"model", "parallel", "ops.fp8", "data.tokenizer", "weightfiles"})
 
 # Beside its own room and `config`, which all may import. The longest name that fits a module is its row.
@@ -36,11 +36,12 @@ MAY_IMPORT: dict[str, frozenset[str]] = {
     "weightfiles": frozenset(),
     "hub": WEIGHTS | {"checkpoint"},
     "gguf": WEIGHTS | {"checkpoint", "hub"},
+    "peft": WEIGHTS | {"checkpoint", "hub"},
     "serve": SERVE,
     "eval": EVAL,
     "train": TRAIN,
     "train.pretrain": TRAIN | {"eval"},
-    "post": frozenset({"train", "serve", "eval"}) | TRAIN | SERVE | EVAL,
+    "post": frozenset({"train", "serve", "eval", "peft"}) | TRAIN | SERVE | EVAL,
     "bench": EVERYTHING,
     "demo": EVERYTHING,
     "report": EVERYTHING,

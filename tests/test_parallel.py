@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import leanseek.model.layers as layers
 import leanseek.parallel.apply as apply
 import leanseek.parallel.expert as expert
 import leanseek.train.step as step
@@ -25,6 +24,7 @@ from leanseek.data.loader import part_of
 from leanseek.model.moe import MoE, Router
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE
+from leanseek.ops.precision import Plain
 from leanseek.ops.routing import choose
 from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import Division, Ranks, divide, lead, ranks_of
@@ -506,7 +506,7 @@ def order_of_things(rank: int, world: int) -> list[str]:
     assert isinstance(moe, MoE)
     expert.spread_experts(moe, expert.ParallelDispatcher(8, ranks, expert.Traffic()), ranks, None)
     seen: list[str] = []
-    exchange, wait, swiglu = expert.Hop.exchange, expert._await, layers.swiglu
+    exchange, wait, last = expert.Hop.exchange, expert._await, Plain.after_swiglu
 
     def exchanges(hop: expert.Hop, rows: Tensor, what: str, backwards: bool) -> Tensor:
         seen.append(f"{what} set out")
@@ -517,16 +517,16 @@ def order_of_things(rank: int, world: int) -> list[str]:
             seen.append("awaited")
         return wait(under_way)
 
-    def computes(gate_up: Tensor) -> Tensor:
+    def computes(precision: Plain, gate_up: Tensor, weight: Tensor) -> Tensor:
         seen.append("shared")
         gate_up.register_hook(lambda grad: seen.append("shared"))
-        return swiglu(gate_up)
+        return last(precision, gate_up, weight)
 
     x = torch.randn(2, 8, D, dtype=torch.float64, requires_grad=True)
     with (
         patch.object(expert.Hop, "exchange", exchanges),
         patch.object(expert, "_await", waits),
-        patch.object(layers, "swiglu", computes),
+        patch.object(Plain, "after_swiglu", computes),
     ):
         moe(x).sum().backward()
     return [what for what in seen if not what.startswith(("routing", "weights"))]

@@ -9,16 +9,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from leanseek.config import Config, read_recipe
-from leanseek.plan.count import training_bytes
+from leanseek.model.lora import adapt
+from leanseek.model.transformer import Transformer
+from leanseek.plan.count import adapted_bytes, training_bytes
 from leanseek.plan.estimate import STACKS, estimate
 from leanseek.plan.hardware import Hardware
 from leanseek.plan.layout import Layout
 from leanseek.plan.memory import trainer_bytes
 from leanseek.train.schedule import Knobs
-from leanseek.train.setup import build
+from leanseek.train.setup import build, ready
 from leanseek.train.step import train_step
 
 
@@ -52,9 +55,9 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def measured_peak(config: Config) -> int:
+def measured_peak(config: Config, built: tuple[Transformer, list[Optimizer]] | None = None) -> int:
     """Bytes of live tensors at the peak of a second training step of two micro-batches."""
-    model, optimizers, _ = build(config)
+    model, optimizers = built or build(config)[:2]
     length = config.stages[0].sequence_length
     ids = torch.randint(config.model.vocab_size, (2 * config.train.micro_batch, length))
     knobs = Knobs(learning_rate=1e-4, batch_tokens=ids.numel(), bias_speed=0.001, mtp_weight=0.3)
@@ -94,6 +97,24 @@ def test_memory_of_real_training_steps_is_foreseen(name: str) -> None:
     moments = 1 if config.optimizer.name == "muon" else 2
     assert planned.total > training_bytes(config.model, moments)
     assert planned.total == pytest.approx(got, rel=0.10), (planned, got)  # the goal set for the planner
+
+
+ADAPTED = ("optimizer.name=adamw", "lora.rank=8", "lora.base=int8")
+
+
+@pytest.mark.parametrize(
+    "changes", [("nano", "train.micro_batch=4"), ("bench-20m", "train.micro_batch=2", "lora.experts=true")]
+)
+def test_memory_with_adapters_is_foreseen_to_a_quarter(changes: tuple[str, ...]) -> None:
+    config = with_changes(*changes, *ADAPTED)
+    assert config.lora is not None
+    own = build(config.model_copy(update={"lora": None}))[0].state_dict()
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    adapt(model, config.lora, lambda name: (own[name].clone(), None), torch.Generator())
+    got, planned = measured_peak(config, (model, ready(config, model))), trainer_bytes(config)
+    assert planned.total == pytest.approx(got, rel=0.25), (planned, got)
+    assert planned.total - planned.activations == adapted_bytes(config.model, config.lora, 4)
 
 
 # ── time ──────────────────────────────────────────────────────────────────────────────────────────────────────────

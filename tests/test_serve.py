@@ -21,7 +21,7 @@ from leanseek.serve import runner as runner_module
 from leanseek.serve.cache import PAGE, Cache, Places
 from leanseek.serve.llm import LLM, Completion, Pieces
 from leanseek.serve.runner import Now, Runner, _MoE, _Wide
-from leanseek.serve.sampling import Sampling, draw, min_p, probabilities, race, top_k, top_p, with_temperature
+from leanseek.serve.sampling import Races, Sampling, draw, min_p, probabilities, race, top_k, top_p, with_temperature
 from leanseek.serve.writer import StopStrings
 from tests.oracle import fill, tiny
 from tests.runs import CONTEXT, SPARE_ROWS, TEXT, make_run, model_of, tokenizer
@@ -395,6 +395,12 @@ def test_order_is_temperature_then_top_k_then_top_p_then_min_p() -> None:
     # Top-p before top-k would leave three tokens here, and min-p before top-p only one.
     for sampling in (Sampling(top_k=3, top_p=0.7), Sampling(top_p=0.6, min_p=0.6)):
         assert probabilities(logits, sampling).nonzero().flatten().tolist() == [1, 4]
+
+
+def test_one_generator_runs_every_race() -> None:
+    races = Races()
+    for seed, place, size in ((5, 0, 7), (5, 1, 276), (-3, 1, 7), (5, 0, 7), (2**63 - 1, 9, 1)):
+        assert torch.equal(races(seed, place, size), race(seed, place, size))
 
 
 def chi_square(logits: Tensor, drawn_with: Sampling, expected: list[float], draws: int = 20_000) -> float:

@@ -17,7 +17,7 @@ from leanseek.config import BadInput, Stage
 from leanseek.data.loader import NO_TARGET, ORDER, Batch, part_of, shuffled, whole_rows
 from leanseek.data.packing import Rows, best_fit
 from leanseek.data.read import batches, find_source
-from leanseek.data.tokenizer import Tokenizer, check_messages, token_dtype
+from leanseek.data.tokenizer import Tokenizer, check_messages, token_dtype, without_thoughts
 
 SUFFIX = re.compile(r"\.jsonl(\.gz|\.zst)?$", re.IGNORECASE)
 HELD_OUT, MOST_HELD_OUT = 0.02, 500  # share of the different chats that is for validation, and their largest number
@@ -25,7 +25,10 @@ HELD_OUT, MOST_HELD_OUT = 0.02, 500  # share of the different chats that is for 
 
 @dataclass(frozen=True)
 class Chats:
-    """C chats one after another, N tokens in all: chat c is tokens starts[c] … starts[c + 1] − 1."""
+    """C chats one after another, N tokens in all: chat c is tokens starts[c] … starts[c + 1] − 1.
+
+    One that thinks before its last answer is several of them; see `as_asked`.
+    """
 
     ids: np.ndarray  # [N]
     learnt: np.ndarray  # [N] whether a token is the assistant's
@@ -93,31 +96,53 @@ def read_chats(file: Path, tokenizer: Tokenizer) -> Chats:
         raise BadInput(f"{file}: not a file of chats")
     ids, learnt, keys = [], [], []
     for batch in batches([source]):
-        chats = []
+        chats, known = [], []  # of each sample: where it stands and what it says, how many answers of it are not new
         for number, row in enumerate(batch.rows, batch.first):
             if row.strip():
                 where = f"{file} line {number}"
-                chats.append((where, _messages(row, where)))
-        for (_, messages), (numbers, answers) in zip(chats, _encoded(chats, tokenizer), strict=True):
+                messages = messages_of(row, where)
+                for sample, before in as_asked(messages):
+                    chats.append((where, sample))
+                    known.append(before)
+                    keys.append(key_of(messages))
+        for numbers, answers in encoded(chats, tokenizer, known):
             mask = np.zeros(len(numbers), bool)
             for first, after in answers:
                 mask[first:after] = True
             ids.append(np.array(numbers, token_dtype(tokenizer.vocab_size)))
             learnt.append(mask)
-            keys.append(_key(messages))
     if not ids:
         raise BadInput(f"{file}: there is no chat in it")
     starts = np.concatenate([[0], np.cumsum([len(numbers) for numbers in ids])])
     return Chats(np.concatenate(ids), np.concatenate(learnt), starts, np.array(keys, np.uint64))
 
 
-def held_out(keys: np.ndarray) -> np.ndarray:
+def as_asked(messages: list[dict[str, Any]]) -> list[tuple[list[dict[str, Any]], int]]:
+    """A chat as the samples it makes, and how many of the first answers in each are not to be learnt there.
+
+    Who is asked again does not see what it thought before, only what it said, as R1's template has it and as a server
+    is sent it. So a sample ends with an answer that thinks, and the next one goes on from its last words.
+    """
+    last = max(i for i, message in enumerate(messages) if message["role"] == "assistant")
+    samples, past, known, answers = [], list(messages), 0, 0
+    for i, message in enumerate(messages[: last + 1]):
+        if message["role"] != "assistant":
+            continue
+        answers += 1
+        said = message["content"] or ""
+        if i == last or without_thoughts(said) != said:
+            samples.append((past[: i + 1], known))
+            past[i], known = {**message, "content": without_thoughts(said)}, answers
+    return samples
+
+
+def held_out(keys: np.ndarray, share: float = HELD_OUT) -> np.ndarray:
     """Which chats [C] are for validation: about 2% of the different ones, one at least and 500 at most, by their hash.
 
     A chat that is there twice goes to one side only.
     """
     different = np.unique(keys)
-    count = min(max(int((different < np.uint64(HELD_OUT * 2**64)).sum()), 1), MOST_HELD_OUT)
+    count = min(max(int((different < np.uint64(share * 2**64)).sum()), 1), MOST_HELD_OUT)
     return keys <= different[count - 1]
 
 
@@ -165,7 +190,7 @@ class ChatLoader:
         return shuffled(len(self.rows(stage)), self.seed, ORDER, stage, epoch)
 
 
-def _messages(row: bytes, where: str) -> list[dict[str, Any]]:
+def messages_of(row: bytes, where: str) -> list[dict[str, Any]]:
     """The messages of one line, in either of the two forms."""
     try:
         chat = json.loads(row)
@@ -190,20 +215,22 @@ def _messages(row: bytes, where: str) -> list[dict[str, Any]]:
     return messages
 
 
-def _encoded(
-    chats: list[tuple[str, list[dict[str, Any]]]], tokenizer: Tokenizer
+def encoded(
+    chats: list[tuple[str, list[dict[str, Any]]]], tokenizer: Tokenizer, known: list[int] | None = None
 ) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    """`encode_chat_turns` of chats, each with where it stands. Raises BadInput that says where."""
     try:
-        return tokenizer.encode_chat_turns([messages for _, messages in chats])
+        return tokenizer.encode_chat_turns([messages for _, messages in chats], known)
     except BadInput:
-        for where, messages in chats:  # one by one, to say which line it was
+        for (where, messages), before in zip(chats, known or [0] * len(chats), strict=True):  # which line was it?
             try:
-                tokenizer.encode_chat_turns([messages])
+                tokenizer.encode_chat_turns([messages], [before])
             except BadInput as error:
                 raise BadInput(f"{where}: {error}") from None
         raise
 
 
-def _key(messages: list[dict[str, Any]]) -> int:
+def key_of(messages: list[dict[str, Any]]) -> int:
+    """A hash of what a chat says."""
     said = json.dumps(messages, sort_keys=True).encode()
     return int.from_bytes(hashlib.blake2b(said, digest_size=8).digest(), "little")

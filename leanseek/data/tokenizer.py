@@ -232,27 +232,32 @@ class Tokenizer:
             ids = [*ids, self.special[special], *text]
         return ids
 
-    def encode_chat_turns(self, chats: Sequence[list[dict[str, Any]]]) -> list[tuple[list[int], list[tuple[int, int]]]]:
+    def encode_chat_turns(
+        self, chats: Sequence[list[dict[str, Any]]], known: Sequence[int] | None = None
+    ) -> list[tuple[list[int], list[tuple[int, int]]]]:
         """`encode_chat` of many chats up to the last answer of each, and the answers' places in it: (first, after).
 
         An answer is what an assistant's message adds to the generation prompt before it, the EOS that ends it included.
+        The first `known` ones of a chat are part of what is asked, and not told.
         Raises BadInput as `encode_chat` does, and for a template that does more than append when a message is added.
         """
         divided: list[list[list[str]]] = []  # of each chat: what no answer is, an answer, … each as text, special, text
         joints: list[tuple[str, str, str]] = []  # where text meets text between two of them: left, right, both
         texts: list[str] = []
-        for messages in chats:
+        for messages, old in zip(chats, known or [0] * len(chats), strict=True):
             safe, mark = self._protected(messages)
             whole, cuts = "", [0]
-            for i, message in enumerate(safe):
-                if message["role"] == "assistant":
-                    before, after = self._rendered(safe[:i], True), self._rendered(safe[: i + 1], False)
-                    if not (before.startswith(whole) and after.startswith(before)):
-                        raise BadInput(
-                            f"chat: the template rewrites what stands before message {i + 1} when that is added: "
-                            "an answer to be learnt may only be appended"
-                        )
-                    whole, cuts = after, [*cuts, len(before), len(after)]
+            for i in [i for i, message in enumerate(safe) if message["role"] == "assistant"][old:]:
+                # Some templates leave thoughts out of what was said: those to be learnt they must not see as such.
+                answer = {**safe[i], "content": veil(safe[i].get("content"), mark)}
+                before = self._rendered(safe[:i], True)
+                after = unveil(self._rendered([*safe[:i], answer], False), mark)
+                if not (before.startswith(whole) and after.startswith(before)):
+                    raise BadInput(
+                        f"chat: the template rewrites what stands before message {i + 1} when that is added: "
+                        "an answer to be learnt may only be appended"
+                    )
+                whole, cuts = after, [*cuts, len(before), len(after)]
             parts = [self._at_special.split(whole[first:after]) for first, after in itertools.pairwise(cuts)]
             for left, right in itertools.pairwise(parts):
                 if left[-1] and right[0]:
@@ -387,6 +392,25 @@ class DecodeStream:
     def finish(self) -> str:
         """What is left over: U+FFFD where a character was never completed."""
         return self._decoder.decode(b"", final=True)
+
+
+def without_thoughts(said: str) -> str:
+    """What was said, as whoever is asked again sees it (R1's template): behind </think>, where there is one."""
+    return said.rpartition(THINK[1])[2].lstrip("\n") if THINK[1] in said else said
+
+
+def veil(text: str | None, mark: str) -> str | None:
+    """<think> and </think> written so that a template does not know them; nothing that anybody says looks like it."""
+    for token in THINK if text else ():
+        text = text.replace(token, f"{token[0]}{3 * mark}{token[1:]}")  # type: ignore[union-attr]
+    return text
+
+
+def unveil(text: str, mark: str) -> str:
+    """Undoes `veil` in what a template made of it."""
+    for token in THINK:
+        text = text.replace(f"{token[0]}{3 * mark}{token[1:]}", token)
+    return text
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

@@ -8,6 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rich.console import Console
+from rich.progress import Progress
+
 from leanseek.config import BadInput
 from leanseek.eval.formats import Item
 from leanseek.eval.likelihood import Asked, Likelihood, likelihoods
@@ -30,6 +33,7 @@ class Settings:
     replies to each question. temperature: None: 0 for one sample, 0.6 for several (with top_p 0.95, as R1's report
     has it). max_tokens: of a reply; None: the format's own. limit: so many of the questions, chosen by chance.
     write: let the model write the answer to choices too. raw: continue text, also where the model was taught to chat.
+    system: what a model that chats is told before the question.
     """
 
     shots: int | None = None
@@ -41,6 +45,7 @@ class Settings:
     seed: int = 0
     write: bool = False
     raw: bool = False
+    system: str | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("shots", 0), ("samples", 1), ("max_tokens", 1), ("limit", 1)):
@@ -73,7 +78,8 @@ class Asking:
         item, tokenizer = self.task.items[number], self.llm.tokenizer
         examples = examples_for(number, self.task.items, self.pool, self.shots)
         if self.chat:
-            return tokenizer.encode_chat(as_chat(item, examples))
+            told = [] if self.settings.system is None else [{"role": "system", "content": self.settings.system}]
+            return tokenizer.encode_chat(told + as_chat(item, examples))
         return [tokenizer.bos_id, *tokenizer.encode(as_text(item, examples))]
 
     def by_likelihood(self, number: int) -> bool:
@@ -207,7 +213,9 @@ def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], re
 
     runs_code = any(asking.task.items[number].row["verify"] == "code" for number in numbers)
     beginning = begin()
-    with Verifier() as verifier:
+    bar = Progress(console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True)
+    with Verifier() as verifier, bar:
+        asked = bar.add_task(asking.task.name, total=len(numbers))
         # Found before anything is asked: where there are no walls nothing shall be asked in vain.
         isolation = verifier.sandbox.isolation if runs_code else None
         try:
@@ -219,6 +227,7 @@ def _write(asking: Asking, numbers: list[int], prompts: dict[int, list[int]], re
                 done = [n for n, requests in under_way.items() if all(r.finish_reason for r in requests)]
                 for number in done:
                     _judge(asking, number, under_way.pop(number), verifier, records)
+                    bar.advance(asked)
         finally:
             for requests in under_way.values():
                 for request in requests:
@@ -233,11 +242,10 @@ def _judge(asking: Asking, number: int, requests: list[Request], verifier: Verif
         "right": [int(verdict.right) for verdict in verdicts],
         "answers": [verdict.answer for verdict in verdicts],
         "replies": replies,
+        "ended": [int(request.finish_reason == "stop") for request in requests],
     }
     if hung := sum(verdict.hung for verdict in verdicts):
         row["hung"] = hung
-    if cut := sum(request.finish_reason == "length" for request in requests):
-        row["cut"] = cut
     records.add(number, row)
 
 
@@ -266,7 +274,7 @@ def summary(task: Task, rows: Sequence[dict[str, Any]], samples: int) -> dict[st
         "left_out": len(task.left_out),
         "too_long": sum("too_long" in row for row in rows),
         "hung": sum(row.get("hung", 0) for row in rows),
-        "cut": sum(row.get("cut", 0) for row in rows),
+        "cut": sum(row.get("ended", []).count(0) for row in rows),
     }
     return result | counts
 

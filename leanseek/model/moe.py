@@ -6,12 +6,14 @@ an overloaded expert is lowered and that of an underloaded one raised (`updated_
 beside it keeps single sequences from extremes (`sequence_balance_loss`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import SwiGLU
@@ -54,6 +56,7 @@ class Router(nn.Module):
         self.config = config
         # Puts a sequence's counts together where its tokens lie on several ranks; parallelism sets it.
         self.complete: Callable[[Tensor], Tensor] | None = None
+        self.given: Tensor | None = None  # [N, K] experts chosen elsewhere, −1 where the router is to choose
         self.weight = nn.Parameter(torch.empty(config.n_routed_experts, config.hidden_size))
         bias = torch.zeros(config.n_routed_experts, dtype=torch.float32) if config.topk_method == "noaux_tc" else None
         self.e_score_correction_bias: Tensor | None
@@ -92,6 +95,8 @@ class Router(nn.Module):
         n_group = 1 if c.topk_method == "greedy" else c.n_group
         how = c.num_experts_per_tok, n_group, c.topk_group, 2 if c.topk_method == "noaux_tc" else 1
         experts = route(choice, self.load, *how) if self.training else choose(choice, *how)
+        if self.given is not None:
+            experts = torch.where(self.given < 0, experts, self.given)
         weights = scores.gather(1, experts)  # … but never the weight
         if c.norm_topk_prob:
             weights = weights / (weights.sum(dim=-1, keepdim=True) + 1e-20)
@@ -106,6 +111,25 @@ class Router(nn.Module):
             if buffer is not None and moved is not None and moved.is_floating_point() and moved.itemsize < 4:
                 self._buffers[name] = buffer.to(moved.device)
         return self
+
+
+@contextmanager
+def watched(routers: Mapping[str, Router]) -> Iterator[dict[str, Tensor]]:
+    """Within it, every router's newest choice by name: experts [N, K]."""
+    chosen: dict[str, Tensor] = {}
+
+    def watch(name: str) -> RemovableHandle:
+        def note(_: nn.Module, __: Any, output: tuple[Tensor, Tensor]) -> None:
+            chosen[name] = output[0]
+
+        return routers[name].register_forward_hook(note)
+
+    hooks = [watch(name) for name in routers]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 class Experts(nn.Module):

@@ -1,8 +1,9 @@
-"""Cross-entropy of the output head without the full logits, always a sum: means are taken once, over the global batch.
+"""The output head's losses without the full logits, always a sum: means are taken once, over the global batch.
 
-N tokens · D width · V vocabulary. A target of IGNORE adds nothing to the sum.
+N tokens · D width · V vocabulary · k likeliest tokens. A target of IGNORE adds nothing to the sum.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,6 +49,100 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return torch.cat([losses_and_error(hidden[rows] @ weight.T, targets[rows], False)[0] for rows in pieces])
 
 
+def token_logprobs(hidden: Tensor, weight: Tensor, targets: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+    """log p of each target, with its gradient, and the entropy of each distribution, without: nats, [N] each.
+
+    hidden [N, D], weight [V, D], targets [N], all valid; closed: ids that are never drawn, so that the others share the
+    probability. At least FP32. The logits are worked out piece by piece and, for the gradient, once more, so that
+    memory does not grow with N·V.
+    """
+    return _TokenLogprobs.apply(hidden, weight, targets, closed)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, closed: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(hidden, weight, targets, closed)
+        picked, entropies, narrow = [], [], weight.to(hidden.dtype)
+        for rows in _pieces(hidden, weight.shape[0]):
+            logits = _logits(hidden[rows], narrow).index_fill_(1, closed, -math.inf)
+            picked.append(logits.gather(1, targets[rows, None]).squeeze(1) - logits.logsumexp(dim=-1))
+            entropies.append(torch.special.entr(logits.softmax(dim=-1)).sum(dim=-1))
+        logprob, entropy = torch.cat(picked), torch.cat(entropies)
+        ctx.mark_non_differentiable(entropy)
+        return logprob, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets, closed = ctx.saved_tensors
+        narrow, grad_hidden, grad_weight = weight.to(hidden.dtype), torch.empty_like(hidden), torch.zeros_like(weight)
+        for rows in _pieces(hidden, weight.shape[0]):
+            index, scale = targets[rows, None], grad[rows, None]
+            chances = _logits(hidden[rows], narrow).index_fill_(1, closed, -math.inf).softmax(dim=-1)
+            error = chances.mul_(-scale).scatter_add_(1, index, scale).to(hidden.dtype)  # d (grad · log p) / d logits
+            grad_hidden[rows] = error @ narrow
+            grad_weight += error.T @ hidden[rows]
+        return grad_hidden, grad_weight, None, None
+
+
+@torch.no_grad()
+def likeliest(hidden: Tensor, weight: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens of each row and their log-probabilities among all: hidden [N, D], weight [V, D] → [N, k]
+    twice, in at least FP32."""
+    ids, logprobs, weight = [], [], weight.to(hidden.dtype)
+    for rows in _pieces(hidden, weight.shape[0]):
+        best = _logits(hidden[rows], weight).log_softmax(dim=-1).topk(k, dim=-1)
+        ids.append(best.indices)
+        logprobs.append(best.values)
+    return torch.cat(ids), torch.cat(logprobs)
+
+
+def linear_divergence(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+    """Σ KL(p ‖ softmax(hidden weightᵀ)) where of p only the k likeliest tokens are known, a scalar in at least FP32.
+
+    hidden [N, D], weight [V, D], ids and logprobs [N, k]. All other tokens are taken as one, whose probability is what
+    the known ones leave: a bound from below of the divergence over all of them, which is 0 where the two agree, and
+    the divergence itself when k is V. Were p made to sum to one over its k, the student would learn to close the rest.
+    """
+    return _LinearDivergence.apply(hidden, weight, ids, logprobs)
+
+
+class _LinearDivergence(torch.autograd.Function):
+    """In pieces, with each piece's gradient at once, as below."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        narrow = weight.to(hidden.dtype)
+        for rows in _pieces(hidden, weight.shape[0]):
+            logits = _logits(hidden[rows], narrow)
+            own, known = logits.log_softmax(dim=-1), logprobs[rows].to(logits.dtype)
+            p = known.exp()
+            beyond_p = (1 - p.sum(dim=-1, keepdim=True)).clamp(min=0)  # [piece, 1]
+            beyond = own.exp().scatter(1, ids[rows], 0.0)  # the student's probabilities of all other tokens
+            beyond_q = beyond.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+            total += (p * (known - own.gather(1, ids[rows]))).sum()
+            total += (torch.xlogy(beyond_p, beyond_p) - beyond_p * beyond_q.log()).sum()
+            if grad_hidden is None and grad_weight is None:
+                continue
+            # d loss / d logits is q − p, where beyond the known ones p is shared out as q is, [piece, V]
+            error = own.exp() - (beyond * (beyond_p / beyond_q)).scatter_add_(1, ids[rows], p)
+            error = error.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[rows] = error @ narrow
+            if grad_weight is not None:
+                grad_weight += error.T @ hidden[rows]
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
+        return grad_hidden, grad_weight, None, None
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, of_logits: LossesAndError) -> Tensor:
@@ -70,6 +165,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
 def _pieces(hidden: Tensor, vocabulary: int) -> list[slice]:

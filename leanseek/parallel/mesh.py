@@ -300,6 +300,15 @@ def joined(timeout: float) -> Iterator[dist.ProcessGroup | None]:
         dist.destroy_process_group()
 
 
+def refuse_many(verb: str) -> None:
+    """Raises BadInput where torchrun started several processes for what one does alone."""
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        error = BadInput(f"{verb}: one process does this, here are {processes}: start it without torchrun")
+        if os.environ.get("RANK") != "0":
+            error.add_note("raised by every process")
+        raise error
+
+
 def ranks_of(config: Config) -> Ranks:
     """The ranks of a run among the joined processes; `config.train.device` is settled. Raises BadInput."""
     joined = dist.is_initialized()

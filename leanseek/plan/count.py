@@ -6,7 +6,7 @@ One formula per fact: the log's share of peak, the receipt, the planner and the 
 from dataclasses import dataclass
 from typing import Literal
 
-from leanseek.config import ModelConfig
+from leanseek.config import LoraConfig, ModelConfig
 
 # What DeepSeek-V3's own pre-training says of an H800: its FLOPs per token by the formula below, 14.8T tokens (report
 # §4), 2664K GPU hours at 2 USD (report table 1). 6·N·D alone, without attention and MTP, would say 3.4e14 FLOP/s.
@@ -194,6 +194,56 @@ def training_bytes(config: ModelConfig, moments: float = 2) -> int:
     A moment in BF16 is half a one.
     """
     return int(4 * (2 + moments) * parameters(config).total_with_mtp)
+
+
+@dataclass(frozen=True)
+class Adaptation:
+    """Parameters of a model with adapters (model/lora.py), MTP included: at rest, wide as they came, and trained."""
+
+    frozen: int  # matrices of the blocks
+    wide: int  # embedding, head, norms, gates, `eh_proj`
+    adapters: int
+
+
+def adaptation(config: ModelConfig, lora: LoraConfig) -> Adaptation:
+    """How adapters of `lora` divide the model's parameters."""
+    d, f, heads = config.hidden_size, config.moe_intermediate_size, config.num_attention_heads
+    depths, count = config.num_nextn_predict_layers, parameters(config)
+    layers = config.num_hidden_layers + depths
+    moe = sum(config.is_moe(layer) for layer in range(config.num_hidden_layers)) + depths
+    latent, queries = config.kv_lora_rank, heads * config.qk_head_dim
+    attention = {
+        "kv_a_proj_with_mqa": (latent + config.qk_rope_head_dim, d),
+        "kv_b_proj": (heads * (config.qk_nope_head_dim + config.v_head_dim), latent),
+        "o_proj": (d, heads * config.v_head_dim),
+    }
+    if config.q_lora_rank is None:
+        attention["q_proj"] = (queries, d)
+    else:
+        attention |= {"q_a_proj": (config.q_lora_rank, d), "q_b_proj": (queries, config.q_lora_rank)}
+    inner = {True: f * config.n_shared_experts, False: config.intermediate_size}
+    adapters = layers * sum(sum(shape) for name, shape in attention.items() if name in lora.modules)
+    for kind, blocks in ((True, moe), (False, layers - moe)):
+        if inner[kind]:  # the shared experts, or a dense FFN
+            adapters += blocks * sum(inner[kind] + d for name in _FFN if name in lora.modules)
+    if lora.experts:
+        adapters += moe * config.n_routed_experts * ((2 * f + d) + (d + f))
+    matrices = layers * attention_weights(config) + count.dense_ffn
+    matrices += moe * (config.n_routed_experts + config.n_shared_experts) * 3 * d * f
+    return Adaptation(matrices, count.total_with_mtp - matrices, lora.rank * adapters)
+
+
+def adapted_bytes(config: ModelConfig, lora: LoraConfig, wide: int = 2) -> float:
+    """Bytes of a frozen model and of its adapters with gradients and moments, FP32; activations come on top.
+
+    `wide`: bytes per value of what does not rest in 8 bits. Blocks of 128 × 128 have an FP32 scale.
+    """
+    parts = adaptation(config, lora)
+    resting = wide if lora.base == "unchanged" else 1 + 4 / 128**2
+    return parts.frozen * resting + parts.wide * wide + 16.0 * parts.adapters
+
+
+_FFN = ("gate_proj", "up_proj", "down_proj")
 
 
 def h800_cost(flops: float) -> tuple[float, float]:

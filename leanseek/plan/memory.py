@@ -12,9 +12,9 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from leanseek.config import Config, ModelConfig
+from leanseek.config import Config, LoraConfig, ModelConfig
 from leanseek.parallel.timetable import peak_activations
-from leanseek.plan.count import Piece, attention_weights, norm_weights, parameters
+from leanseek.plan.count import Piece, adaptation, adapted_bytes, attention_weights, norm_weights, parameters
 from leanseek.plan.hardware import Hardware
 from leanseek.plan.layout import Layout, runs
 
@@ -233,15 +233,13 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     count = parameters(model)
     all_of_it = count.total_with_mtp
     depths = model.num_nextn_predict_layers
+    if config.lora is not None:
+        return _adapted_bytes(config, config.lora, width, tokens, length)
     muon = config.optimizer.name == "muon"
     by_adam = count.embedding + count.head + count.norms
     moment = 2 if config.optimizer.moments == "bf16" else 4
     moments = moment * (all_of_it + by_adam if muon else 2 * all_of_it)
-    kept = 0.0
-    for layer in range(model.num_hidden_layers + depths):
-        kept += tokens * _trainer_block(model, model.is_moe(layer), width, length)
-    # Embedded tokens and their norm, hidden states and theirs, the two joined, each depth's and the model's last norm.
-    kept += tokens * width * model.hidden_size * (2 + depths * 4.0 + (1 if depths else 0))
+    kept = _kept(model, width, tokens, length)
     casts = 0.0
     if width == 2:  # each matrix in BF16 beside the FP32 master, kept for the backward pass
         casts = 2.0 * (all_of_it - count.norms - count.embedding - count.head - count.router)
@@ -255,6 +253,34 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
         activations=kept + casts,
         loss=head * (2 + depths),
         updating=4.0 * (all_of_it - by_adam) + 2 * width * gate_and_up if muon else 0.0,
+    )
+
+
+def _kept(model: ModelConfig, width: int, tokens: int, length: int) -> float:
+    """Bytes that a forward pass of so many tokens keeps for the backward pass."""
+    depths = model.num_nextn_predict_layers
+    kept = 0.0
+    for layer in range(model.num_hidden_layers + depths):
+        kept += tokens * _trainer_block(model, model.is_moe(layer), width, length)
+    # Embedded tokens and their norm, hidden states and theirs, the two joined, each depth's and the model's last norm.
+    return kept + tokens * width * model.hidden_size * (2 + depths * 4.0 + (1 if depths else 0))
+
+
+def _adapted_bytes(config: Config, lora: LoraConfig, width: int, tokens: int, length: int) -> TrainerMemory:
+    """With adapters: matrices at rest, and the widest stack of experts wide, once as FP32, while it is multiplied.
+
+    As much is taken to be kept of a token as if all were trained: what only frozen matrices read is not, what adapters
+    say on the way is, and the two are of about a size.
+    """
+    model, parts = config.model, adaptation(config.model, lora)
+    stack = 2 * model.n_routed_experts * model.moe_intermediate_size * model.hidden_size
+    return TrainerMemory(
+        weights=adapted_bytes(model, lora, width) - 12 * parts.adapters,
+        gradients=4.0 * parts.adapters,
+        moments=8.0 * parts.adapters,
+        activations=_kept(model, width, tokens, length) + stack * width + 4 * stack / model.n_routed_experts,
+        loss=0.0,
+        updating=0.0,
     )
 
 

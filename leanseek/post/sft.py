@@ -1,12 +1,15 @@
 """Supervised fine-tuning (report §5.1): from a run that continues text to one that answers in chats.
 
 As V3: two epochs, a cosine down from the peak, samples packed into one row and hidden from each other. What the report
-does not say, batch and length, is as at the end of pre-training.
+does not say, batch and length, is as at the end of pre-training. The MTP modules go on learning, at the weight they had
+last; the receipt tells how often their drafts were right before and after.
 """
 
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,20 @@ from leanseek.config import BadInput, Config, DataConfig, MeshConfig, Piece, Sch
 from leanseek.data.chats import ChatLoader, Chats, fingerprint_of, longest_of, open_chats, pack
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import Answers, answers_bits_per_byte, answers_of
+from leanseek.eval.standing import standing
+from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import divide, joined, lead, ranks_of, size_of, together
-from leanseek.plan.count import flops_per_token
+from leanseek.peft import write_adapter
+from leanseek.plan.count import adaptation, flops_per_token, parameters
 from leanseek.train.pretrain import share_of
-from leanseek.train.setup import build, take_up, train_and_bill
+from leanseek.train.setup import build, build_adapted, resting, take_up, train_and_bill
+from leanseek.train.step import train_step
+from leanseek.train.teacher import Teacher, check_teacher, teacher_of
 
 EPOCHS = 2
-PEAK, END = 0.3, 0.1  # the rate's peak as a share of pre-training's, and its end as a share of the peak
+V3_RATES, LARGE = (5e-6, 1e-6), 1e9  # V3's own peak and end, for models that activate so many parameters
+PEAK, END = 0.3, 0.1  # of smaller ones: the peak as a share of pre-training's, and the end as a share of the peak
+ADAPTERS, ADAPTERS_OF_LARGE = 3, 10  # times the rate that all weights would have; measured when small
 WARM_UP = 0.03  # share of the budget
 
 
@@ -36,13 +46,17 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
     if out.resolve() == run.resolve():
         raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
     begun_with = checkpoint.read_run(run)
-    config = parse(to_toml(tuned(begun_with)), f"sft of {run}", list(overrides))
-    _check_overrides(config, begun_with, run)
-    tokenizer = _tokenizer_of(run, config)
+    adapters = any(override.strip().startswith("lora.") for override in overrides)
+    config = parse(to_toml(tuned(begun_with, adapters)), f"sft of {run}", list(overrides))
+    check_overrides(config, begun_with, f"sft of {run}")
+    tokenizer = tokenizer_of(run, config)
     with joined(config.mesh.timeout) as everyone, ExitStack() as held:
-        weights = lead(lambda: checkpoint.newest(run, _warn), everyone)
-        if weights is None:
-            raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
+        check_teacher(config, tokenizer, size_of(everyone))
+        if config.lora is not None:
+            _check_adapters(config, size_of(everyone))
+        weights = lead(lambda: checkpoint.newest_weights(run), everyone)
+        if config.lora is not None:
+            config = config.model_copy(update={"lora": resting(config.lora, run)})
         longest = longest_of(config.stages)
         training, held_out, too_long = together(lambda: open_chats(file, tokenizer, longest), everyone)
         if too_long:
@@ -57,30 +71,47 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         given = config, fingerprint_of(file), run / "tokenizer", file
         config = lead(lambda: take_up(out, *given, chats=True, begun_with=run, ranks=world), everyone)
         ranks = ranks_of(config)
-        model, optimizers, pipeline = build(config, ranks)
+        model, optimizers, pipeline = build(config, ranks) if config.lora is None else build_adapted(config, out)
         scorer = model if pipeline is None else pipeline.nats
-        # Weights and routing bias: the optimizers begin anew.
-        checkpoint.load_model_weights(weights.model, model, ranks=ranks)
+        if config.lora is None:  # weights and routing bias: the optimizers begin anew
+            checkpoint.load_weights(weights, model, ranks)
+        before = _standing(model, answers) if ranks.world == 1 else None
+        teacher = teacher_of(config, tokenizer)
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
 
         def evaluate(stage: int) -> float:
             return answers_bits_per_byte(scorer, answers, share=share_of(ranks)).bpb
 
-        # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
-        length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
-        flops = [flops_per_token(config.model, length)] * len(config.stages)
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
-        what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out"
-        return train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks, pipeline)
+        moves = "moves" if any(piece.value for piece in config.schedule.bias_speed) else "stays"
+        what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out, the routing bias {moves}"
+        flops = [_flops_per_token(config, training, teacher)] * len(config.stages)
+        step = partial(train_step, teacher=teacher)
+        receipt = train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks, pipeline, step)
+        if receipt["ended"] != "interrupted" and before is not None:
+            receipt |= {"before": before, "after": _standing(model, answers)}
+            if config.lora is not None:
+                write_adapter(out, run)
+                receipt["params_trained"] = adaptation(config.model, config.lora).adapters
+            checkpoint.write_json(out / "receipt.json", receipt)
+        return receipt
 
 
-def tuned(config: Config) -> Config:
-    """A pre-training configuration turned into one for chats, but for the budget, which the chats decide."""
+def tuned(config: Config, adapters: bool = False) -> Config:
+    """A pre-training configuration turned into one for chats, but for the budget, which the chats decide.
+
+    `adapters` are to be trained instead of the weights: by AdamW, at several times the rate.
+    """
     schedule, stage = config.schedule, config.stages[-1]
     peak = PEAK * max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate)
+    large = parameters(config.model).activated >= LARGE
+    peak, end = V3_RATES if large else (peak, END * peak)
+    if adapters:
+        times = ADAPTERS_OF_LARGE if large else ADAPTERS
+        peak, end = times * peak, times * end
     learning_rate = (
         Piece(until=WARM_UP, value=peak, shape="linear"),
-        Piece(until=1, value=END * peak, shape="cosine"),
+        Piece(until=1, value=end, shape="cosine"),
     )
     # The report says nothing of balancing here. The bias stays as pre-training left it: the experts that a few chats
     # prefer are no reason to move it. And a balance loss by sequence would take a row of several chats for one.
@@ -92,15 +123,30 @@ def tuned(config: Config) -> Config:
         mtp_weight=(Piece(until=1, value=schedule.mtp_weight[-1].value),),
     )
     here = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None, "balance_loss_alpha": 0.0}
+    for_adapters = {"name": "adamw", "qk_clip": None, "weight_decay": 0.0}
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=here),
+            "optimizer": config.optimizer.model_copy(update=for_adapters if adapters else {}),
             "schedule": instructed,
             "data": DataConfig(),
+            "teacher": None,
+            "lora": None,
+            "grpo": None,
+            "rollout": None,
             "stages": (stage.model_copy(update={"share": 1.0, "mixture": {}}),),
             "mesh": MeshConfig(),  # of the processes that run now
         }
     )
+
+
+def _check_adapters(config: Config, processes: int) -> None:
+    if processes > 1:
+        raise BadInput(f"lora.*: one process trains adapters, here are {processes}: start it without torchrun")
+    if config.train.dtype == "fp8":
+        raise BadInput(
+            "lora.*: adapters are trained in bf16 or fp32 (how the base rests is lora.base): set train.dtype"
+        )
 
 
 def budget(chats: Chats, config: Config) -> int:
@@ -109,14 +155,20 @@ def budget(chats: Chats, config: Config) -> int:
     return EPOCHS * len(pack(chats.lengths, length)) * length
 
 
-def _check_overrides(config: Config, begun_with: Config, run: Path) -> None:
+def check_overrides(config: Config, begun_with: Config, what: str) -> None:
+    """Raises BadInput, for `what`, where the model or what only text needs was to be changed."""
     if config.model != begun_with.model:
-        raise BadInput(f"sft of {run}: the model is the run's own: leave model.* out")
+        raise BadInput(f"{what}: the model is the run's own: leave model.* out")
     if config.data != DataConfig() or any(stage.mixture for stage in config.stages):
-        raise BadInput(f"sft of {run}: chats are neither mixed nor packed like text: leave data.* and mixtures out")
+        raise BadInput(f"{what}: chats are neither mixed nor packed like text: leave data.* and mixtures out")
+    if config.lora is not None and (
+        config.optimizer.qk_clip is not None or any(piece.value for piece in config.schedule.bias_speed)
+    ):
+        raise BadInput(f"{what}: beside adapters nothing changes: leave optimizer.qk_clip and schedule.bias_speed out")
 
 
-def _tokenizer_of(run: Path, config: Config) -> Tokenizer:
+def tokenizer_of(run: Path, config: Config) -> Tokenizer:
+    """The tokenizer of a run. Raises BadInput where it is not its model's."""
     tokenizer, model = Tokenizer.load(run / "tokenizer"), config.model
     ends = (tokenizer.bos_id, tokenizer.eos_id)
     if tokenizer.vocab_size > model.vocab_size or ends != (model.bos_token_id, model.eos_token_id):
@@ -131,6 +183,20 @@ def _answers(chats: Chats, tokens: int, tokenizer: Tokenizer) -> Answers:
     """Those of the first chats, up to so many tokens: always the same ones."""
     enough = int(np.searchsorted(np.cumsum(chats.lengths), tokens)) + 1
     return answers_of(map(chats.sample, range(min(enough, len(chats)))), tokenizer)
+
+
+def _flops_per_token(config: Config, chats: Chats, teacher: Teacher | None) -> float:
+    # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
+    length = round(float(np.square(chats.lengths).sum() / chats.lengths.sum()))
+    own = flops_per_token(config.model, length)
+    if config.lora is not None:
+        own *= 2 / 3  # of the backward pass the half that is for the weights falls away
+    return own + (teacher.flops_per_token(length) if teacher else 0.0)
+
+
+def _standing(model: Transformer, answers: Answers) -> dict[str, Any]:
+    """Of the held-out chats: bits per byte of the answers, balance of the experts, share of drafts that are right."""
+    return {"bpb": answers_bits_per_byte(model, answers).bpb, **asdict(standing(model, answers.windows))}
 
 
 def _warn(line: str) -> None:

@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from leanseek.data.tokenizer import without_thoughts
 from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
 
@@ -22,7 +23,7 @@ def chat(run: Path, system: str | None, sampling: Sampling) -> None:
             print(f"too long for the model's context of {llm.config.max_position_embeddings} tokens", file=sys.stderr)
             continue
         answer = _answer(llm, [*opening, *exchanges], sampling)
-        exchanges.append({"role": "assistant", "content": answer})
+        exchanges.append({"role": "assistant", "content": without_thoughts(answer)})
         sampling = replace(sampling, seed=sampling.seed + 1)
 
 

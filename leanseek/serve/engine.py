@@ -18,12 +18,13 @@ from torch import Tensor
 
 from leanseek.config import BadInput, ModelConfig
 from leanseek.data.tokenizer import Tokenizer
+from leanseek.model.moe import watched
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.serve.cache import LARGE_PAGE, PAGE, Cache
 from leanseek.serve.grammar import Grammar, Grammars
 from leanseek.serve.runner import Now, Runner
-from leanseek.serve.sampling import Sampling, adjust, draw, race
+from leanseek.serve.sampling import Races, Sampling, adjust, draw
 from leanseek.serve.scheduler import Entry, Pages, Scheduler
 from leanseek.serve.speculate import follow
 from leanseek.serve.writer import Writer
@@ -62,15 +63,24 @@ class Metrics:
 class Request:
     """What became of a prompt so far; for others to look at."""
 
-    def __init__(self, prompt: list[int], sampling: Sampling, entry: Entry, writer: Writer, grammar: Grammar | None):
+    def __init__(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        entry: Entry,
+        writer: Writer,
+        grammar: Grammar | None,
+        races: Races,
+    ) -> None:
         self.prompt, self.sampling, self.entry = prompt, sampling, entry
         self.drawn: list[int] = []  # without the end of the text, and with what a stop string cut
         self.draws = 0
         self.logprobs: list[TokenLogprobs] = []
+        self.experts: list[Tensor] = []  # [L, K] for each draw, where the engine tells them
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.draft: int | None = None  # what the MTP module thinks comes next
         self.matcher = grammar.matcher() if grammar is not None else None
-        self._writer, self._text = writer, ""
+        self._writer, self._text, self._races = writer, "", races
         self._race: tuple[int, Tensor] | None = None
 
     @property
@@ -87,7 +97,7 @@ class Request:
         """The times [V] that decide the next token: kept, as a draft and its verification meet the same."""
         place = len(self.entry.tokens)
         if self._race is None or self._race[0] != place:
-            self._race = place, race(self.sampling.seed, place, size)
+            self._race = place, self._races(self.sampling.seed, place, size)
         return self._race[1]
 
     def push(self, token: int, eos: int, most: int) -> None:
@@ -117,7 +127,8 @@ class Engine:
     max_running: texts that are stepped together. cache_tokens: places in the cache; unless told as many as all of them
     could fill, and at most a quarter of the memory at hand. chunk: tokens of prompts read between two steps. speculate:
     draft with the MTP module, if there is one. ranks: those that the model is cut over (`parallel.tensor`); each has an
-    engine, and all engines are asked the same.
+    engine, and all engines are asked the same. tell_experts: note, for each draw, the experts that the token before it
+    went to in every layer.
     Raises BadInput when model and tokenizer do not belong together.
     """
 
@@ -130,6 +141,7 @@ class Engine:
         chunk: int = 512,
         speculate: bool = True,
         ranks: Ranks = ALONE,
+        tell_experts: bool = False,
     ) -> None:
         self.model, self.tokenizer, self.config = model.eval(), tokenizer, model.config
         _check(model.config, tokenizer)
@@ -138,6 +150,9 @@ class Engine:
                 raise BadInput(f"{name} must be at least 1, got {value}")
         self.device = next(model.parameters()).device
         self.ranks = ranks
+        main = {name: router for name, router in model.routers().items() if name.startswith("layers.")}
+        self.tells_experts = tell_experts and bool(main)
+        self.watched = main if self.tells_experts else {}
         self.runner = Runner(model, ranks)
         self.speculates = speculate and self.runner.mtp is not None
         if cache_tokens is None:
@@ -148,7 +163,7 @@ class Engine:
         self.cache = Cache(model.config, pages, self.runner.dtype, self.device, drafts=self.speculates, size=size)
         self.scheduler = Scheduler(Pages(pages, size), max_running, chunk, ahead=1 if self.speculates else 0)
         self.requests: dict[Entry, Request] = {}  # those that have not ended
-        self.metrics = Metrics()
+        self.metrics, self.races = Metrics(), Races()
         # Never drawn: rows of the embedding that no token has, and tokens that cannot follow anything.
         closed = {*range(tokenizer.vocab_size, self.config.vocab_size), tokenizer.bos_id, tokenizer.pad_id}
         self.closed = torch.tensor(sorted(closed - {tokenizer.eos_id}), device=self.device)
@@ -180,7 +195,12 @@ class Engine:
         if places > room:
             raise BadInput(f"prompt and max_tokens are {places} tokens together, the cache holds {room}: ask for fewer")
         request = Request(
-            list(prompt), sampling, Entry(list(prompt), places), Writer(self.tokenizer, sampling.stop), grammar
+            list(prompt),
+            sampling,
+            Entry(list(prompt), places),
+            Writer(self.tokenizer, sampling.stop),
+            grammar,
+            self.races,
         )
         self.scheduler.add(request.entry)
         self.requests[request.entry] = request
@@ -242,10 +262,14 @@ class Engine:
         now = self.runner.at(places)
         hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, now)  # [B, T, D]
         logits = self.runner.logits(hidden.flatten(0, 1)).unflatten(0, (-1, new))  # [B, T, V]
+        experts = self.runner.chosen().cpu().unflatten(1, (-1, new)) if self.tells_experts else None  # [L, B, T, K]
 
         def draw_after(rows: list[int], t: int) -> list[int]:
             told = logits[:, t] if len(rows) == len(requests) else logits[rows, t]
             tokens = self.choose(told, [requests[row] for row in rows])
+            if experts is not None:
+                for row in rows:
+                    requests[row].experts.append(experts[:, row, t])
             return [self._push(requests[row], token) for row, token in zip(rows, tokens, strict=True)]
 
         followed = follow(draw_after, drafts, new)
@@ -266,13 +290,21 @@ class Engine:
         longest, starts = max(counts), [entry.read for entry in entries]
         places = self.cache.at([entry.pages for entry in entries], starts, counts)
         layers = self.cache.views(places)
-        hidden = self.model(self._ids(group, starts, longest), places.positions, cache=layers)  # [B, T, D]
+        with watched(self.watched) as chosen:
+            hidden = self.model(self._ids(group, starts, longest), places.positions, cache=layers)  # [B, T, D]
         for entry, count in group:
             self.scheduler.has_read(entry, count)
         requests = [self.requests[entry] for entry in entries]
         done = [row for row, entry in enumerate(entries) if not entry.unread]
         answered = [requests[row] for row in done]
-        hidden_of_last = hidden[done, [counts[row] - 1 for row in done]].to(self.runner.dtype)
+        last = [counts[row] - 1 for row in done]
+        hidden_of_last = hidden[done, last].to(self.runner.dtype)
+        if self.tells_experts:
+            experts = (
+                torch.stack(list(chosen.values())).unflatten(1, (-1, longest))[:, done, last].cpu()
+            )  # [L, done, K]
+            for request, own in zip(answered, experts.unbind(1), strict=True):
+                request.experts.append(own)
         tokens = self.choose(self.runner.logits(hidden_of_last), answered) if done else []
         followed = [[self._push(request, token)] for request, token in zip(answered, tokens, strict=True)]
         if self.speculates:
@@ -322,15 +354,19 @@ class Engine:
             return logits.argmax(dim=-1).tolist()
         # On the CPU, so that a seed means the same draws on every device.
         logits = logits.float().cpu()
-        own = {row: logits[row].log_softmax(dim=-1) for row in asked}
+        own = logits.log_softmax(dim=-1) if len(asked) == len(requests) else logits[asked].log_softmax(dim=-1)
         for row in bent:
             request = requests[row]
             adjust(logits[row], request.sampling, request.prompt, request.drawn)
             if request.matcher is not None:
                 logits[row, : self.tokenizer.vocab_size].masked_fill_(~request.matcher.open_tokens(), float("-inf"))
         tokens = draw(logits, samplings, lambda row: requests[row].race(logits.shape[-1]))
-        for row, chances in own.items():
-            requests[row].logprobs.append(_told(chances, tokens[row], samplings[row].logprobs or 0))
+        if asked:
+            drawn = torch.tensor([tokens[row] for row in asked])
+            likelihoods = own.gather(1, drawn[:, None]).squeeze(1).tolist()
+            for row, chances, likelihood in zip(asked, own, likelihoods, strict=True):
+                top = _likeliest(chances, samplings[row].logprobs or 0)
+                requests[row].logprobs.append(TokenLogprobs(tokens[row], likelihood, top))
         return tokens
 
     def _forget(self, request: Request) -> None:
@@ -345,11 +381,12 @@ class Engine:
         return token if request.finish_reason is None else -1
 
 
-def _told(chances: Tensor, token: int, count: int) -> TokenLogprobs:
-    """From log-probabilities [V]."""
+def _likeliest(chances: Tensor, count: int) -> list[tuple[int, float]]:
+    """Of log-probabilities [V] the `count` largest."""
+    if not count:
+        return []
     top = chances.topk(count)
-    likeliest = list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
-    return TokenLogprobs(token, chances[token].item(), likeliest)
+    return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 
 
 def _alike(reads: list[tuple[Entry, int]]) -> list[list[tuple[Entry, int]]]:

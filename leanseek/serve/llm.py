@@ -1,6 +1,5 @@
 """A model that talks: prompt in, text out."""
 
-import sys
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import nn
 
-from leanseek.checkpoint import load_model_weights, load_shares, newest, read_run
+from leanseek.checkpoint import load_shares, load_weights, newest_weights, read_run, scores
 from leanseek.config import BadInput
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.layers import Linear
@@ -163,24 +162,25 @@ def load_model(
     """
     run = Path(run)
     config = read_run(run)
+    if scores(run):
+        raise BadInput(f"{run}: is a reward model, which scores answers and writes none")
     place = _device(device)
-    checkpoint = newest(run, lambda line: print(f"warning: {line}", file=sys.stderr))
-    if checkpoint is None:
-        raise BadInput(f"{run}: has no checkpoint yet: train it first")
     if dtype is None:
         dtype = torch.bfloat16 if config.train.dtype in ("bf16", "fp8") else torch.float32
-    weights, group = checkpoint.weights(averaged), ranks.group("tp")
+    weights, group = newest_weights(run, averaged), ranks.group("tp")
     if group is None:
         model = Transformer(config.model, dtype)
-        load_model_weights(weights, model)
+        load_weights(weights, model)
         model.use(kernels_for(place))
         return model.to(place)
+    if weights.lora is not None:
+        raise BadInput(f"{run}: holds adapters, which one process merges: export it, and serve the import of that")
     with torch.device("meta"):  # the whole model may be more than this machine holds
         model = Transformer(config.model, dtype)
     cut_matrices(model, group).to_empty(device=ranks.device)
     for buffer in model.buffers():
         buffer.zero_()
-    load_shares(weights, model, group.rank(), group.size())
+    load_shares(weights.folder, model, group.rank(), group.size())
     return model
 
 

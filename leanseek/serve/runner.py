@@ -81,6 +81,10 @@ class Runner:
             x = layer(x, kept, now)
         return self.norm(x).view(*tokens.shape, -1)
 
+    def chosen(self) -> Tensor:
+        """The experts that the newest step chose, in every layer that has any [L, B · T, K]."""
+        return torch.stack([layer.mlp.chosen for layer in self.layers if isinstance(layer.mlp, _MoE)])
+
     @torch.inference_mode()
     def draft(self, hidden: Tensor, tokens: Tensor, last: Tensor, cache: Cache, now: "Now", then: "Now") -> Tensor:
         """The MTP module over `step`'s hidden states [B, T, D] and the tokens that follow them [B, T].
@@ -255,11 +259,13 @@ class _MoE:
         self.gate_up, self.down = gate_up.to(rests).unbind(), down.to(rests).unbind()
         self.elements = gate_up.numel() + down.numel()
         self.wide: _Wide | None = None
+        self.chosen = torch.empty(0, dtype=torch.int64)  # experts [B, K] of the newest step
 
     def __call__(self, x: Tensor, normed: Tensor) -> Tensor:
         """x + experts(normed), both [B, D]."""
         gate = self.moe.gate
         experts, weights = gate.select(gate.scores(torch.mm(normed.to(self.router.dtype), self.router)))
+        self.chosen = experts
         # Where the tokens meet most experts, all are read whatever one does.
         rows, fits = x.shape[0], self.elements <= WIDE_LAYER
         if 2 * experts.numel() >= self.n and fits and rows <= WIDE_ROWS and rows * self.elements <= WIDE_WORK:

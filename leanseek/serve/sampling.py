@@ -9,6 +9,7 @@ for its verification, meets the same chance.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -105,6 +106,22 @@ def race(seed: int, place: int, size: int) -> Tensor:
     key = np.array([seed % 2**64, place], dtype=np.uint64)
     times = np.random.Generator(np.random.Philox(key=key)).standard_exponential(size)
     return torch.from_numpy(np.maximum(times, np.finfo(np.float64).tiny))
+
+
+class Races:
+    """`race` again and again, a third as dear: one generator is wound to each place's numbers. For one thread."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(key=0)
+        self.generator = np.random.Generator(self.philox)
+        self.wound: Any = dict(self.philox.state)
+
+    def __call__(self, seed: int, place: int, size: int) -> Tensor:
+        key = np.array([seed % 2**64, place], dtype=np.uint64)
+        self.wound["state"] = {"counter": np.zeros(4, dtype=np.uint64), "key": key}
+        self.philox.state = self.wound
+        times = self.generator.standard_exponential(size)
+        return torch.from_numpy(np.maximum(times, np.finfo(np.float64).tiny, out=times))
 
 
 def adjust(logits: Tensor, sampling: Sampling, prompt: Sequence[int], drawn: Sequence[int]) -> None:

@@ -15,20 +15,22 @@ from leanseek.train.step import StepResult
 if TYPE_CHECKING:
     from leanseek.train.loop import Progress as RunProgress
 
+MEASURES = {"bpb": "bits per byte", "accuracy": "of the pairs told apart"}  # what a validation says, and in words
 PLAIN_EVERY = 10.0  # seconds between lines where no terminal shows a bar
 
 
 class Log:
-    """`budget` in tokens; `peak` FLOP/s as measured, for the share of it that a run reaches.
+    """`budget` in tokens; `peak` FLOP/s as measured, for the share of it that a run reaches; `measure`: of MEASURES.
+
 
     A `silent` one says and writes nothing: all ranks but one have it.
     """
 
-    def __init__(self, run: Path, budget: int, peak: float, silent: bool = False) -> None:
-        self.run, self.budget, self.peak, self.silent = run, budget, peak, silent
+    def __init__(self, run: Path, budget: int, peak: float, measure: str = "bpb", silent: bool = False) -> None:
+        self.run, self.budget, self.peak, self.measure, self.silent = run, budget, peak, measure, silent
         self.console = Console(stderr=True, highlight=False, quiet=silent)
         self.live = self.console.is_terminal
-        self.bpb: float | None = None
+        self.validated: float | None = None
         self.last_line = 0.0
         self.tensorboard: Any = None
         columns = (TextColumn("{task.percentage:>3.0f}%"), BarColumn(24), TextColumn("{task.fields[what]}"))
@@ -60,6 +62,7 @@ class Log:
             "mtp_loss": result.mtp_loss,
             "balance_loss": result.balance_loss,
             "lr": now.learning_rate,
+            "bias_speed": now.bias_speed,
             "grad_norm": result.grad_norm,
             "max_violation": result.max_violation,
             "tokens_per_second": rate,
@@ -67,8 +70,10 @@ class Log:
             "cpu_seconds": at.cpu_seconds,
             "flops": at.flops,
         }
-        self._write(row)
-        bpb = "" if self.bpb is None else f" · bpb {self.bpb:.3f}"
+        if result.divergence is not None:
+            row["divergence"] = result.divergence
+        self.write(row)
+        bpb = "" if self.validated is None else f" · {self.measure} {self.validated:.3f}"
         what = (
             f"step {at.step} · loss {result.loss:.3f}{bpb} · {rate:,.0f} tokens/s · {_rate(flops / seconds)} "
             f"({flops / seconds / self.peak:.0%} of peak) · MaxVio {result.max_violation:.2f}"
@@ -79,14 +84,15 @@ class Log:
             left = (self.budget - at.tokens) / rate
             self.say(f"{at.tokens / self.budget:>4.0%} · {what} · {_span(left)} left")
 
-    def validation(self, step: int, tokens: int, bpb: float) -> None:
-        self.bpb = bpb
-        self._write({"step": step, "tokens": tokens, "bpb": bpb})
-        self.say(f"step {step} · {tokens:,} tokens · validation {bpb:.4f} bits per byte")
+    def validation(self, step: int, tokens: int, result: float) -> None:
+        self.validated = result
+        self.write({"step": step, "tokens": tokens, self.measure: result})
+        self.say(f"step {step} · {tokens:,} tokens · validation {result:.4f} {MEASURES[self.measure]}")
         if not self.silent:
-            plot_losses(self.run)
+            plot_losses(self.run, self.measure)
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def write(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl, and its numbers for TensorBoard."""
         if self.silent:
             return
         with (self.run / "metrics.jsonl").open("a", encoding="utf-8") as file:
@@ -96,18 +102,18 @@ class Log:
 
             self.tensorboard = SummaryWriter(str(self.run / "tensorboard"), purge_step=row["step"])
         for name, value in row.items():
-            if name not in ("step", "seconds", "cpu_seconds", "flops"):
+            if value is not None and name not in ("step", "seconds", "cpu_seconds", "flops"):
                 self.tensorboard.add_scalar(name, value, row["step"])
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The step lines and the validation lines of a run."""
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if "loss" in row], [row for row in rows if "bpb" in row]
+    return [row for row in rows if "loss" in row], [row for row in rows if MEASURES.keys() & row.keys()]
 
 
-def plot_losses(run: Path) -> None:
-    """`loss.png`: training loss, validation bits per byte and expert balance over tokens."""
+def plot_losses(run: Path, measure: str = "bpb") -> None:
+    """`loss.png`: training loss, validation and expert balance over tokens."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -123,13 +129,13 @@ def plot_losses(run: Path) -> None:
     bits = left.twinx()
     bits.plot(
         [row["tokens"] / 1e6 for row in validations],
-        [row["bpb"] for row in validations],
+        [row[measure] for row in validations],
         color="#253237",
         marker="o",
         markersize=4,
         label="validation",
     )
-    bits.set(ylabel="bits per byte")
+    bits.set(ylabel=MEASURES[measure])
     lines = [*left.get_lines(), *bits.get_lines()]
     left.legend(lines, [str(line.get_label()) for line in lines], frameon=False)
     right.plot(tokens, [row["max_violation"] for row in steps], color="#5c6b73", linewidth=1)

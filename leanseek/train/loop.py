@@ -30,7 +30,7 @@ from leanseek.parallel.pipeline import Pipeline
 from leanseek.parallel.watch import Waits, slowest
 from leanseek.train.average import Average
 from leanseek.train.log import Log
-from leanseek.train.schedule import knobs
+from leanseek.train.schedule import Knobs, knobs
 from leanseek.train.step import ANY, Limits, StepResult, train_step
 
 MOST_ROLLBACKS = 10
@@ -50,6 +50,25 @@ class Batch(Protocol):
     def positions(self) -> NDArray[np.int64] | None: ...  # [count, T] within the sample, None for 0, 1, …
     @property
     def segments(self) -> NDArray[np.int64] | None: ...  # [count, T] whose token it is, None where all see each other
+
+
+class Step(Protocol):
+    """Learns from one batch, all tensors [B, T]; see `train.step`."""
+
+    def __call__(
+        self,
+        model: Transformer,
+        optimizers: list[Optimizer],
+        ids: Tensor,
+        targets: Tensor,
+        knobs: Knobs,
+        config: Config,
+        positions: Tensor | None = None,
+        segments: Tensor | None = None,
+        ranks: Ranks = ALONE,
+        limits: Limits = ANY,
+        pipeline: Pipeline | None = None,
+    ) -> StepResult: ...
 
 
 class Batches(Protocol):
@@ -73,7 +92,7 @@ class Progress:
     skipped_steps: int = 0
     skipped_windows: list[tuple[int, int, int]] = field(default_factory=list)  # stage, first sample, sample after
     recent: list[tuple[float, float]] = field(default_factory=list)  # loss and gradient norm of the newest steps
-    bpb: float | None = None  # the newest validation, and the step it was made at
+    bpb: float | None = None  # the newest validation, of whatever is measured, and the step it was made at
     bpb_step: int | None = None
 
 
@@ -88,20 +107,21 @@ def train(
     log: Log,
     ranks: Ranks = ALONE,
     pipeline: Pipeline | None = None,
+    step: Step = train_step,
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
-    `evaluate(stage)` is the validation bpb at a stage's length; `flops_per_token` is by stage too. The same call on
-    the same RUN goes on from the newest whole checkpoint. All `ranks` call it and agree on everything but the batch:
-    each reads its rows of it. Raises BadInput when training does not recover from non-finite steps, OSError when a
-    checkpoint cannot be written.
+    `evaluate(stage)` is the validation bpb at a stage's length, or what else `log` says is measured; `flops_per_token`
+    is by stage too. `step` is what a batch does to the model. The same call on the same RUN goes on from the newest
+    whole checkpoint. All `ranks` call it and agree on everything but the batch: each reads its rows of it. Raises
+    BadInput when training does not recover from non-finite steps, OSError when a checkpoint cannot be written.
     """
     device = next(model.parameters()).device
     average = None if config.train.ema_decay is None else Average(model, config.train.ema_decay)
     kept = Kept(run, model, optimizers, average, ranks)
     saver = checkpoint.Saver(run, config.train.keep_checkpoints, ranks, config.train.background_saves)
     progress = _resume(kept, log)
-    clock = _Clock(progress, ranks)
+    clock = Clock(progress, ranks)
     saved: Progress | None = None if progress.step == 0 else replace(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
 
@@ -119,7 +139,7 @@ def train(
             forget_gathered(model)
             log.validation(progress.step, progress.tokens, progress.bpb)
 
-    with _signals() as asked_to_stop:
+    with stop_signals() as asked_to_stop:
         while True:
             ending = _ending(config, progress, batches, clock, ranks.any(bool(asked_to_stop)))
             # Before a validation, which may take long, and at step 0 too: there is always something to go back to.
@@ -151,7 +171,7 @@ def train(
             measured = ranks.world > 1 and (progress.step + 1) % MEASURED_EVERY == 0
             with Waits(device) if measured else nullcontext() as waits:
                 limits = _limits(progress.recent, config.train.spike)
-                result = train_step(
+                result = step(
                     model, optimizers, ids, targets, now, config, positions, segments, ranks, limits, pipeline
                 )
             if waits is not None and (slow := slowest(ranks.each(waits.own))):
@@ -234,9 +254,7 @@ def _wrong_with(result: StepResult, limits: Limits) -> str:
     )
 
 
-def _ending(
-    config: Config, progress: Progress, batches: Batches, clock: "_Clock", asked_to_stop: bool
-) -> Ending | None:
+def _ending(config: Config, progress: Progress, batches: Batches, clock: "Clock", asked_to_stop: bool) -> Ending | None:
     """Why to end here, if so; moves on to the next stage when one is used up."""
     while progress.stage < len(config.stages) and progress.sample >= batches.samples(progress.stage):
         progress.stage, progress.sample = progress.stage + 1, 0
@@ -287,10 +305,10 @@ def _skipped_until(progress: Progress) -> int | None:
     return None
 
 
-class _Clock:
+class Clock:
     """Wall and CPU seconds of the run, the latter summed over ranks: those of earlier processes and of these."""
 
-    def __init__(self, progress: Progress, ranks: Ranks) -> None:
+    def __init__(self, progress: Progress, ranks: Ranks = ALONE) -> None:
         self.wall = time.monotonic() - progress.seconds
         self.cpu_before, self.cpu_at_start = progress.cpu_seconds, _cpu_seconds()
         self.ranks = ranks
@@ -313,7 +331,7 @@ def _cpu_seconds() -> float:
 
 
 @contextmanager
-def _signals() -> Iterator[list[int]]:
+def stop_signals() -> Iterator[list[int]]:
     """Ctrl-C and SIGTERM ask for a stop after the step at hand; a second Ctrl-C interrupts at once."""
     asked: list[int] = []
 

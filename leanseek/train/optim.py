@@ -26,12 +26,14 @@ ADAM_RMS = 0.2  # the root mean square of a typical AdamW update (Liu et al., "M
 
 
 def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks = ALONE) -> list[Optimizer]:
-    """The optimizers that together hold every parameter once. Tensors of two or more dims decay, the others do not."""
+    """The optimizers that together hold every trained parameter once. Tensors of two or more dims decay, others not."""
     single: list[nn.Parameter] = []
     stacked: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         if config.name == "muon" and is_matrix(name, parameter):
             (stacked if name.endswith("gate_up_proj") else single).append(parameter)
         else:
@@ -56,8 +58,8 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes it: every matrix of the blocks and `eh_proj`. Embedding, head and norms stay with AdamW."""
-    return parameter.dim() >= 2 and not name.startswith(("embed_tokens.", "lm_head."))
+    """Whether Muon takes it: every matrix of the blocks and `eh_proj`. Embedding, heads and norms stay with AdamW."""
+    return parameter.dim() >= 2 and not name.startswith(("embed_tokens.", "lm_head.", "score."))
 
 
 def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None:

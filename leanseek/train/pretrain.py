@@ -1,6 +1,7 @@
 """Pre-training (report §4): puts model, optimizers, data and validation together and hands them to the loop."""
 
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of,
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.plan.count import flops_per_token
 from leanseek.train.setup import build, take_up, train_and_bill
+from leanseek.train.step import train_step
+from leanseek.train.teacher import check_teacher, teacher_of
 
 
 def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
@@ -30,6 +33,11 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
     with joined(config.mesh.timeout) as everyone, ExitStack() as held:
         data, tokenizer = together(lambda: _opened(data_folder), everyone)
         config = _for_tokenizer(config, tokenizer)
+        if config.lora is not None:
+            raise BadInput(
+                "adapters stand beside weights that are trained already: leave lora.* out, or take leanseek sft"
+            )
+        check_teacher(config, tokenizer, size_of(everyone))
         world = divide(config, size_of(everyone)).world
         lead(lambda: held.enter_context(checkpoint.lock(run)), everyone)
         given = config, data.fingerprint, data.tokenizer_folder, data_folder
@@ -64,6 +72,7 @@ def train_on(
     if begin is not None:  # weights and routing bias: the optimizers begin anew
         checkpoint.load_model_weights(begin.model, model, ranks=ranks)
     scorer = model if pipeline is None else pipeline.nats
+    teacher = teacher_of(config, tokenizer)
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
@@ -71,9 +80,14 @@ def train_on(
         return bits_per_byte(scorer, documents, length, tokenizer.bos_id, share=share_of(ranks)).bpb
 
     flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
+    if teacher is not None:
+        flops = [
+            own + teacher.flops_per_token(at.sequence_length) for own, at in zip(flops, config.stages, strict=True)
+        ]
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"
-    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, ranks, pipeline)
+    step = partial(train_step, teacher=teacher)
+    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, ranks, pipeline, step)
 
 
 def share_of(ranks: Ranks) -> Share:

@@ -6,10 +6,13 @@ from typing import Any
 from leanseek.checkpoint import write_json
 from leanseek.config import Config
 from leanseek.plan.count import h800_cost, parameters
+from leanseek.train.log import MEASURES
 from leanseek.train.loop import Ending, Progress
 
 
-def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending, devices: int = 1) -> dict[str, Any]:
+def write_receipt(
+    run: Path, config: Config, progress: Progress, ending: Ending, devices: int = 1, measure: str = "bpb"
+) -> dict[str, Any]:
     """Writes `receipt.json`; lost and skipped work is in flops, seconds and cost, not in tokens."""
     counted = parameters(config.model)
     hours = progress.seconds / 3600 * devices
@@ -24,7 +27,8 @@ def write_receipt(run: Path, config: Config, progress: Progress, ending: Ending,
         "cpu_seconds": progress.cpu_seconds,
         "device_hours": hours,
         "cost_usd": hours * config.cost.usd_per_device_hour,
-        "bpb": progress.bpb,
+        "bpb": None,
+        measure: progress.bpb,
         "device": config.cost.device,
         "usd_per_device_hour": config.cost.usd_per_device_hour,
         "h800_hours": h800_hours,
@@ -60,8 +64,13 @@ def printed(receipt: dict[str, Any]) -> str:
             "same on an H800",
             f"{r['h800_hours'] * 3600:.3g} seconds, ${r['h800_usd']:.3g} at V3's own rate and $2 per hour",
         ),
-        ("validation", "none" if r["bpb"] is None else f"{r['bpb']:.4f} bits per byte"),
+        ("validation", _validated(r)),
     ]
     if r["skipped_steps"]:
         rows.append(("skipped", f"{r['skipped_steps']} non-finite steps"))
     return "\n".join(f"  {name:<16} {value}" for name, value in rows)
+
+
+def _validated(receipt: dict[str, Any]) -> str:
+    told = [f"{receipt[key]:.4f} {words}" for key, words in MEASURES.items() if receipt.get(key) is not None]
+    return " and ".join(told) or "none"

@@ -6,25 +6,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek import checkpoint
-from leanseek.config import BadInput, Config, TrainConfig
+from leanseek.config import BadInput, Config, LoraConfig, TrainConfig
 from leanseek.data.tokenizer import Tokenizer
+from leanseek.model.lora import adapt
 from leanseek.model.transformer import Transformer
 from leanseek.ops.backend import Measured, kernels_for
+from leanseek.ops.fp8 import SCALE
 from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import ALONE, Ranks, lead
 from leanseek.parallel.pipeline import Pipeline
-from leanseek.plan.count import loads, training_bytes
+from leanseek.plan.count import adapted_bytes, loads, training_bytes
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import Log
-from leanseek.train.loop import Batches, train
+from leanseek.train.loop import Batches, Step, train
 from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
 from leanseek.train.precision import in_fp8
 from leanseek.train.receipt import write_receipt
-from leanseek.train.step import losses_of
+from leanseek.train.step import losses_of, train_step
+from leanseek.weightfiles import open_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}  # of the activations
 
@@ -38,6 +42,7 @@ def take_up(
     chats: bool = False,
     begun_with: Path | None = None,
     ranks: int = 1,
+    scores: bool = False,
 ) -> Config:
     """The configuration to train RUN with: the stored one where RUN is this very run, else RUN is made, with `config`.
 
@@ -59,7 +64,7 @@ def take_up(
                     f"{run}: an imported model keeps its tokenizer: prepare the data with --tokenizer {kept}"
                 )
             config = config.model_copy(update={"model": checkpoint.read_run(run).model})
-        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats, begun_with)
+        checkpoint.create_run(run, config, data_fingerprint, tokenizer, data, chats, begun_with, scores)
     else:
         config = stored
         checkpoint.remember_data(run, data)
@@ -73,10 +78,47 @@ def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optim
 
     Where the layers are on several ranks, also what takes batches through them.
     """
-    if config.train.device == "cpu":
-        ready_cpu()
     model = Transformer(config.model, DTYPES[config.train.dtype])
     model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
+    return ready(config, model, ranks)
+
+
+def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimizer], None]:
+    """The weights that RUN's adapters are for, frozen, with new adapters, and the optimizers of those; no pipeline.
+
+    Never is all of it wide. Raises BadInput where those weights are gone.
+    """
+    assert config.lora is not None
+    stored, device = open_folder(checkpoint.base_of(run)), config.train.device
+
+    def read(name: str) -> tuple[Tensor, Tensor | None]:
+        values, scales = stored[name].read().to(device), stored.get(name + SCALE)
+        return values, None if scales is None else scales.read().to(device)
+
+    with torch.device("meta"):
+        model = Transformer(config.model, DTYPES[config.train.dtype])
+    adapt(model, config.lora, read, torch.Generator().manual_seed(config.train.seed))
+    model, optimizers, _ = ready(config, model)
+    return model, optimizers, None
+
+
+def resting(lora: LoraConfig, base: Path) -> LoraConfig:
+    """How a base rests: `auto` is FP8 where its weights came so, else INT8. Raises BadInput where it has adapters."""
+    weights = checkpoint.newest_weights(base)
+    if weights.lora is not None:
+        raise BadInput(f"{base}: holds adapters itself: export it, which merges them, import that and tune the import")
+    if lora.base != "auto":
+        return lora
+    in_fp8 = any(name.endswith(SCALE) for name in open_folder(weights.folder))
+    return lora.model_copy(update={"base": "fp8" if in_fp8 else "int8"})
+
+
+def ready(
+    config: Config, model: Transformer, ranks: Ranks = ALONE
+) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
+    """Brings a model to its device and makes both ready to train; what `build` returns."""
+    if config.train.device == "cpu":
+        ready_cpu()
     device = ranks.device if ranks.meshes else torch.device(config.train.device)
     model.to(device)
     table = Measured.read(Path(config.train.kernel_table)) if config.train.kernel_table is not None else None
@@ -107,16 +149,21 @@ def train_and_bill(
     what: str,
     ranks: Ranks = ALONE,
     pipeline: Pipeline | None = None,
+    step: Step = train_step,
+    measure: str = "bpb",
 ) -> dict[str, Any]:
-    """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on."""
+    """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on.
+
+    `step` and `measure`: what a batch does to the model, and what `evaluate` gives (train/log.py · MEASURES).
+    """
     device = torch.device(config.train.device)
     peak = torch.tensor(matmul_peak(device, model.dtype, 1024 if device.type == "cpu" else 8192), device=ranks.device)
-    with Log(run, config.train.tokens, ranks.total(peak).item(), silent=not ranks.first) as log:
+    with Log(run, config.train.tokens, ranks.total(peak).item(), measure, silent=not ranks.first) as log:
         where = f"on {device.type} in {config.train.dtype} by {model.kernels.told}{ranks.named()}"
         log.say(f"{run}: {config.train.tokens:,} tokens, {what}, {where}")
-        parts = model, optimizers, batches, evaluate, flops_per_token, log, ranks, pipeline
+        parts = model, optimizers, batches, evaluate, flops_per_token, log, ranks, pipeline, step
         progress, ending = train(run, config, *parts)
-    return lead(lambda: write_receipt(run, config, progress, ending, ranks.world), ranks.group("world"))
+    return lead(lambda: write_receipt(run, config, progress, ending, ranks.world, measure), ranks.group("world"))
 
 
 def settled(train: TrainConfig) -> TrainConfig:
@@ -139,10 +186,14 @@ def _check_memory(config: Config, ranks: int) -> None:
         there = torch.cuda.get_device_properties(0).total_memory * ranks
     else:
         there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")  # of all processes
-    moments = (1 if config.optimizer.name == "muon" else 2) * (0.5 if config.optimizer.moments == "bf16" else 1)
-    needed = config.mesh.replicate * training_bytes(config.model, moments)
+    if config.lora is not None:
+        needed, instead = adapted_bytes(config.model, config.lora), "a smaller model"
+    else:
+        moments = (1 if config.optimizer.name == "muon" else 2) * (0.5 if config.optimizer.moments == "bf16" else 1)
+        needed = config.mesh.replicate * training_bytes(config.model, moments)
+        instead = "a smaller recipe, or of a run that is trained already only adapters (lora.rank=16)"
     if needed > there:
         raise BadInput(
             f"training this model takes {needed / 2**30:,.0f} GiB for weights, gradients and moments alone; "
-            f"this machine has {there / 2**30:,.0f} GiB: take a smaller recipe"
+            f"this machine has {there / 2**30:,.0f} GiB: take {instead}"
         )

@@ -10,6 +10,7 @@ target is then of the same sample as the token at its place.
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,7 +20,7 @@ from torch.optim import Optimizer
 from leanseek.config import BadInput, Config
 from leanseek.model.moe import Router, max_violation, updated_bias
 from leanseek.model.transformer import Transformer
-from leanseek.ops.loss import IGNORE, linear_cross_entropy
+from leanseek.ops.loss import IGNORE, linear_cross_entropy, linear_divergence
 from leanseek.parallel.apply import before_micro_batch
 from leanseek.parallel.context import Context, context_of
 from leanseek.parallel.mesh import ALONE, Ranks
@@ -28,6 +29,7 @@ from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
 from leanseek.train.precision import weights_quantised_once
 from leanseek.train.schedule import Knobs
+from leanseek.train.teacher import Teacher
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class StepResult:
     max_violation: float  # of the least balanced layer
     finite: bool  # a step with a non-finite loss or gradient leaves the model as it was
     spike: bool = False  # so does one beyond the limits
+    divergence: float | None = None  # from the teacher, nats per token; None without one
 
 
 @dataclass(frozen=True)
@@ -84,14 +87,16 @@ def train_step(
     ranks: Ranks = ALONE,
     limits: Limits = ANY,
     pipeline: Pipeline | None = None,
+    teacher: Teacher | None = None,
 ) -> StepResult:
     """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite, or
     beyond the limits."""
     model.train()
-    make = gradients if pipeline is None else pipelined(pipeline)
+    make: Gradients = partial(gradients, teacher=teacher) if pipeline is None else pipelined(pipeline)
     with weights_quantised_once(model):
         losses = make(model, ids, targets, knobs, config, positions, segments, ranks)
-    return update(model, optimizers, losses, knobs, config, ranks, limits)
+    divergence = None if teacher is None else losses.pop()
+    return update(model, optimizers, losses, knobs, config, ranks, limits, divergence)
 
 
 def gradients(
@@ -103,21 +108,29 @@ def gradients(
     positions: Tensor | None,
     segments: Tensor | None,
     ranks: Ranks,
+    teacher: Teacher | None = None,
 ) -> list[float]:
-    """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks."""
+    """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks.
+
+    With a teacher, the last of the losses is the main model's divergence from it.
+    """
     depths, micro_batch = len(model.mtp), config.train.micro_batch
     counts, context = valid_targets(targets, segments, depths, ranks), context_of(ids.shape[1], ranks)
     micro_batches = micro_batches_of(ids, config, ranks)
     balance_sequences(model, ids, config, ranks)
-    sums = torch.zeros(depths + 1, dtype=torch.float64, device=ids.device)
+    taught = 0.0 if teacher is None else teacher.config.weight
+    if teacher is not None:
+        counts.append(counts[0])
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=ids.device)
     for number in range(micro_batches):
         mine = slice(number * micro_batch, (number + 1) * micro_batch)
         where, whose = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
         before_micro_batch(model, number == micro_batches - 1, config)
-        losses = loss_sums(model, ids[mine], targets[mine], where, whose, context)
+        losses = loss_sums(model, ids[mine], targets[mine], where, whose, context, teacher)
         sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
-        (means[0] + knobs.mtp_weight / max(depths, 1) * sum(means[1:])).backward()
+        own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
+        (own + knobs.mtp_weight / max(depths, 1) * sum(means[1 : depths + 1])).backward()
     losses_of_all: list[float] = (ranks.total(sums, "batch").cpu() / torch.tensor(counts)).tolist()
     return losses_of_all
 
@@ -174,16 +187,20 @@ def update(
     losses: list[float],
     knobs: Knobs,
     config: Config,
-    ranks: Ranks,
+    ranks: Ranks = ALONE,
     limits: Limits = ANY,
+    divergence: float | None = None,
 ) -> StepResult:
-    """What the gradients and the load of the whole batch do to the model; both are forgotten then."""
+    """What the gradients and the load of the whole batch do to the model; both are forgotten then.
+
+    `losses` are the main one and those of the MTP depths, if any; `divergence`, from a teacher, is only told.
+    """
     routers = list(model.routers().values())
     loads, balance = load_of_all(routers, ranks)
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norm = norm_of(grads, ranks)
     loss, *further = losses
-    finite = math.isfinite(loss + sum(further)) and math.isfinite(norm.item())
+    finite = math.isfinite(loss + sum(further) + (divergence or 0.0)) and math.isfinite(norm.item())
     spike = finite and (loss > limits.loss or norm.item() > limits.grad_norm)
     if finite and not spike:
         scale = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1)
@@ -207,6 +224,7 @@ def update(
         max_violation=ranks.largest(violation, "pp").item(),
         finite=finite,
         spike=spike,
+        divergence=divergence,
     )
     for router in routers:
         router.load.zero_()
@@ -234,16 +252,25 @@ def loss_sums(
     positions: Tensor | None = None,
     segments: Tensor | None = None,
     context: Context | None = None,
+    teacher: Teacher | None = None,
 ) -> list[Tensor]:
     """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T].
 
     With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
     see each other.
+    With a teacher, last, the main model's divergence from it at the same places.
     """
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if context is None:
-        return losses_of(model, model(ids, positions, segments), ids, targets, positions, segments)
+        hidden = model(ids, positions, segments)
+        losses = losses_of(model, hidden, ids, targets, positions, segments)
+        if teacher is not None:
+            assert model.lm_head is not None
+            asked = targets != IGNORE
+            known = teacher.likeliest(ids, positions, segments, asked)
+            losses.append(linear_divergence(hidden[asked], model.lm_head.weight, *known))
+        return losses
     if segments is not None:
         raise BadInput("mesh.cp: rows of samples that may not see each other are not cut: take mesh.cp=1")
     depths = range(len(model.mtp) + 1)

@@ -1,0 +1,141 @@
+"""Answers from a vLLM server, which reads every step's weights from an export: for models that need its speed.
+
+Begin it on an export of the run, with what makes it listen to us and, for router replay, tell its routing:
+
+    leanseek export RUN DIR
+    VLLM_SERVER_DEV_MODE=1 vllm serve DIR --enable-return-routed-experts
+    leanseek grpo RUN --task TASK.jsonl --out RUN2 rollout.engine=vllm rollout.export=DIR
+
+Every optimizer step replaces the weight files in DIR and has the server read them again, its cache of prompts emptied.
+It computes otherwise than the trainer: see grpo.importance_cap and grpo.router_replay.
+"""
+
+import base64
+import io
+import json
+import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from leanseek import checkpoint
+from leanseek.config import BadInput, Config, RolloutConfig
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.hub import export_release
+from leanseek.model.transformer import Transformer
+from leanseek.post.rollout import Answer, Interrupted, Question
+from leanseek.serve.writer import Writer
+
+PATIENCE = 1.0  # seconds between two looks whether somebody asked to stop
+
+
+class VLLMRollouts:
+    """`scratch`: a folder of our own, for the run that each step's weights are exported from. Raises BadInput."""
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        tokenizer_folder: Path,
+        config: Config,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        scratch: Path,
+    ) -> None:
+        assert config.rollout is not None
+        self.model, self.tokenizer, self.max_tokens, self.stop = model, tokenizer, max_tokens, stop
+        self.how: RolloutConfig = config.rollout
+        self.target, self.scratch, self.step = Path(self.how.export), scratch, 0
+        if not self.how.export or not (self.target / "config.json").is_file():
+            raise BadInput(f"rollout.export={self.how.export!r}: name the folder that vLLM was begun on")
+        shutil.rmtree(scratch, ignore_errors=True)
+        checkpoint.create_run(scratch / "run", config, "", tokenizer_folder, scratch)
+
+    @property
+    def closed(self) -> Tensor:
+        return torch.empty(0, dtype=torch.int64, device=next(self.model.parameters()).device)  # it may draw anything
+
+    def refresh(self) -> None:
+        self.step += 1
+        checkpoint.save(self.scratch / "run", self.step, self.model, [], {}, keep=1)
+        shutil.rmtree(self.scratch / "export", ignore_errors=True)
+        export_release(self.scratch / "run", self.scratch / "export")
+        for file in (self.scratch / "export").glob("*.safetensors*"):
+            shutil.move(file, self.target / file.name)
+        self._post("collective_rpc", {"method": "reload_weights"})
+        self._post("reset_prefix_cache", {})
+
+    def draw(
+        self, questions: Sequence[Question], seeds: Sequence[int], temperature: float, asked_to_stop: Callable[[], bool]
+    ) -> list[Answer]:
+        with ThreadPoolExecutor(self.how.at_once) as pool:
+            asked = [
+                pool.submit(self._answer, question, seed, temperature)
+                for question, seed in zip(questions, seeds, strict=True)
+            ]
+            open_ = set(asked)
+            try:
+                while open_:
+                    done, open_ = wait(open_, PATIENCE, FIRST_COMPLETED)
+                    for one in done:
+                        one.result()
+                    if asked_to_stop():
+                        raise Interrupted
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+            return [one.result() for one in asked]
+
+    def _answer(self, question: Question, seed: int, temperature: float) -> Answer:
+        sampling = {
+            "temperature": temperature,
+            "seed": seed,
+            "max_tokens": self.max_tokens,
+            "logprobs": 0,
+            "detokenize": bool(self.stop),
+            "stop": list(self.stop),
+        }
+        reply = self._post("inference/v1/generate", {"token_ids": question.prompt, "sampling_params": sampling})
+        try:
+            return self._read(question, reply["choices"][0])
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            raise BadInput(f"{self.how.url}: its reply is not as vLLM 0.32 gives it ({error!r})") from None
+
+    def _read(self, question: Question, choice: dict[str, Any]) -> Answer:
+        told = choice["logprobs"]["content"]
+        tokens, logprobs = [each["token_id"] for each in told], [each["logprob"] for each in told]
+        writer = Writer(self.tokenizer, self.stop)
+        spelt = [token for token in tokens if token < self.tokenizer.vocab_size and token != self.tokenizer.eos_id]
+        text = "".join(map(writer.push, spelt)) + writer.finish()
+        experts = None
+        if choice.get("routed_experts") is not None:
+            packed = io.BytesIO(base64.b64decode(choice["routed_experts"]))
+            routed = np.load(packed, allow_pickle=False).astype(np.int16)  # [prompt and answer − 1, layers, K]
+            first, c = len(question.prompt) - 1, self.model.config
+            dense = c.first_k_dense_replace if routed.shape[1] == c.num_hidden_layers else 0
+            experts = torch.from_numpy(routed[first : first + len(tokens), dense:].copy())
+        return Answer(question, text, tokens, logprobs, experts, choice["finish_reason"] == "length")
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        url = f"{self.how.url.rstrip('/')}/{path}"
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=self.how.seconds) as response:
+                told = response.read()
+        except urllib.error.HTTPError as error:
+            with error:
+                said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
+            raise BadInput(f"{url}: HTTP {error.code} {said}: is it vLLM, begun with VLLM_SERVER_DEV_MODE=1?") from None
+        except (OSError, HTTPException) as error:
+            raise BadInput(f"{url}: {error}: see whether vLLM is up; what was learnt is saved") from None
+        try:
+            return json.loads(told) if told else None
+        except ValueError:
+            raise BadInput(f"{url}: answers with what is not JSON: is it vLLM?") from None
