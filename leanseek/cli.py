@@ -146,7 +146,7 @@ def extend(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.tokens=2e6.")
     ] = None,
 ) -> None:
-    """Stretch a run's context by YaRN, in stages; the same command again goes on where it stopped."""
+    """Stretch a run's context by YaRN; the same command again goes on where it stopped."""
     from leanseek.train.extend import extend as run_extend
 
     _print_receipt(run_extend(run, data, out, _numbers(lengths, "--lengths"), overrides or []))
