@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import leanseek.ops.fp8 as fp8
 import leanseek.parallel.apply as apply
 import leanseek.parallel.expert as expert
 import leanseek.train.step as step
@@ -536,6 +537,38 @@ def test_shared_experts_are_computed_while_tokens_travel(pool: Pool) -> None:
     forward = ["tokens set out", "shared", "awaited", "sums set out", "awaited"]
     backward = ["sums set out", "awaited", "tokens set out", "shared", "awaited"]
     assert pool.run(2, order_of_things) == [forward + backward] * 2
+
+
+def through_fp8(rank: int, world: int, node: int) -> dict[str, Any]:
+    """Tokens of 200 values that go to experts and come back as they were, in FP8; and what left this rank."""
+    config = config_of(f"mesh.ep={world}", f"mesh.node={node}")
+    traffic = expert.Traffic()
+    dispatcher = expert.ParallelDispatcher(8, ranks_of(config), traffic)
+    dispatcher.narrow = True
+    make = torch.Generator().manual_seed(rank)
+    x = torch.randn(30, 200, generator=make).bfloat16().requires_grad_()
+    grad = (torch.randn(30, 200, generator=make) * 1e-3).bfloat16()
+    experts = torch.rand(30, 8, generator=make).topk(2).indices
+    weights = torch.tensor([1.0, 0.0]).repeat(30, 1)  # all of a token's sum is what its first expert gives back
+    dispatcher.beside = expert.Beside(weights)
+    rows, _, way = dispatcher.dispatch(x, experts)
+    y = dispatcher.combine(rows, weights, way)
+    y.backward(grad)
+    assert x.grad is not None
+    left = {what: sum(n for (_, kind), n in traffic.items() if kind == what) for what in ("tokens", "sums")}
+    there = [torch.equal(a, fp8.from_bytes(fp8.to_bytes(b), 200, torch.bfloat16)) for a, b in ((y, x), (x.grad, grad))]
+    return {"exact": there, "rounded": not torch.equal(y, x), "left": left}
+
+
+@pytest.mark.parametrize(("world", "node"), [(2, 1), (2, 2), (4, 2)])
+def test_what_goes_to_experts_travels_in_fp8_and_what_comes_back_in_bf16(pool: Pool, world: int, node: int) -> None:
+    each = pool.run(world, through_fp8, node)
+    assert all(rank["exact"] == [True, True] and rank["rounded"] for rank in each)
+    # What leaves one rank arrives at another: of all together as many rows went there as came back, for tokens and for
+    # sums, 200 codes and two scales one way, 200 values of two bytes the other.
+    left = {what: sum(rank["left"][what] for rank in each) for what in ("tokens", "sums")}
+    assert left["tokens"] == left["sums"] > 0
+    assert left["tokens"] % (202 + 400) == 0
 
 
 def overload(rank: int, world: int, most_load: str) -> tuple[int, int]:

@@ -9,7 +9,8 @@ With `mesh.node` = 1 every rank is a machine and the second hop falls away; with
 the first one does.
 
 A hop is one all-to-all with uneven splits; backward it is the same hop the other way round. It sets out before the
-shared experts are computed and is awaited after them, in both directions.
+shared experts are computed and is awaited after them, in both directions. Where experts compute in FP8, what goes to
+them travels in FP8, tokens forward and gradients backward; what is added up on arrival travels in BF16 (report §3.3.3).
 """
 
 import math
@@ -26,6 +27,8 @@ from torch.utils.checkpoint import checkpoint
 
 from leanseek.model.moe import MoE
 from leanseek.ops.experts import lay_out, wants_padding
+from leanseek.ops.fp8 import ROW, from_bytes, to_bytes
+from leanseek.ops.fp8_linear import Fp8
 from leanseek.parallel.mesh import Ranks
 
 # ── copies of rows, and sums of copies ────────────────────────────────────────────────────────────────────────────
@@ -120,6 +123,7 @@ class Hop:
     rank: int  # in the group
     name: str
     traffic: Traffic
+    narrow: bool = False  # what goes to experts travels in FP8
 
     def start(self, x: Tensor, what: str) -> "Flight":
         """x [N, …] sets out."""
@@ -137,7 +141,7 @@ class Hop:
         return _all_to_all(rows, leaving, arriving, self.group)
 
 
-def hop_of(part: Tensor, group: dist.ProcessGroup, name: str, traffic: Traffic) -> Hop:
+def hop_of(part: Tensor, group: dist.ProcessGroup, name: str, traffic: Traffic, narrow: bool = False) -> Hop:
     """part [N, K]: the rank of the group that each choice of each token is at, or lies behind; −1 for none."""
     ranks = dist.get_world_size(group)
     chosen = torch.zeros(part.shape[0], ranks + 1, dtype=torch.bool, device=part.device)
@@ -145,7 +149,7 @@ def hop_of(part: Tensor, group: dist.ProcessGroup, name: str, traffic: Traffic) 
     counts = chosen.sum(dim=0)
     told = _await(_all_to_all(counts, [1] * ranks, [1] * ranks, group))
     leaving, arriving = torch.stack((counts, told)).tolist()
-    return Hop(fan_of(chosen), leaving, arriving, group, dist.get_rank(group), name, traffic)
+    return Hop(fan_of(chosen), leaving, arriving, group, dist.get_rank(group), name, traffic, narrow)
 
 
 @dataclass
@@ -155,8 +159,23 @@ class Flight:
     hop: Hop
     what: str
     backwards: bool = False
+    width: int = 0  # values of a row
+    dtype: torch.dtype = torch.float32
     rows: Tensor | None = None
     gradients: Tensor | None = None
+
+    def sends(self, rows: Tensor, gradients: bool) -> Tensor:
+        """Starts the collective for rows, or for the gradients of those that arrived."""
+        backwards = self.backwards != gradients
+        return self.hop.exchange(packed(rows) if self._narrow(backwards) else rows, self.what, backwards)
+
+    def receives(self, under_way: Tensor, width: int, dtype: torch.dtype, gradients: bool) -> Tensor:
+        """Awaits what `sends` sent, rows of `width` values."""
+        rows = _await(under_way)
+        return unpacked(rows, width, dtype) if self._narrow(self.backwards != gradients) else rows
+
+    def _narrow(self, backwards: bool) -> bool:
+        return self.hop.narrow and not backwards and self.what in ("tokens", "sums")
 
     def start(self, rows: Tensor) -> Self:
         self.rows = _Start.apply(rows, self)
@@ -173,27 +192,40 @@ class _Start(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return flight.hop.exchange(rows, flight.what, flight.backwards)
+        ctx.flight, flight.width, flight.dtype = flight, rows.shape[-1], rows.dtype
+        return flight.sends(rows, gradients=False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        gradients, ctx.flight.gradients = ctx.flight.gradients, None
-        return _await(gradients), None
+        flight = ctx.flight
+        gradients, flight.gradients = flight.gradients, None
+        return flight.receives(gradients, flight.width, flight.dtype, gradients=True), None
 
 
 class _Finish(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, under_way: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        return _await(under_way).view_as(under_way)
+        ctx.flight, ctx.shape, ctx.dtype = flight, under_way.shape, under_way.dtype
+        rows = flight.receives(under_way, flight.width, flight.dtype, gradients=False)
+        return rows.view_as(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         # They are as many as set out, not as arrived: no gradient that autograd could carry between the two.
         flight = ctx.flight
-        flight.gradients = flight.hop.exchange(grad.contiguous(), flight.what, not flight.backwards)
-        return grad, None
+        flight.gradients = flight.sends(grad.contiguous(), gradients=True)
+        return grad.new_empty(ctx.shape, dtype=ctx.dtype), None
+
+
+def packed(rows: Tensor) -> Tensor:
+    """Rows [N, D] as FP8 codes and scales; pairs of their bytes pass for BF16, which collectives and autograd carry."""
+    sent = to_bytes(rows)
+    return F.pad(sent, (0, sent.shape[1] % 2)).view(torch.bfloat16)
+
+
+def unpacked(rows: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """The rows [N, D] of D = `width` values that `packed` made."""
+    return from_bytes(rows.contiguous().view(torch.uint8)[:, : width + -(-width // ROW[1])], width, dtype)
 
 
 # PyTorch's functional collectives: plain ops, which a policy of recomputation can keep the results of.
@@ -234,6 +266,7 @@ class ParallelDispatcher:
         division = ranks.division
         self.n_experts, self.traffic = n_experts, traffic
         self.may_pad = True  # between experts, where that is faster
+        self.narrow = False  # what goes to experts travels in FP8
         self.here = n_experts // division.ep  # experts of a rank
         self.first = ranks.place["ep"] * self.here
         self.local = division.local
@@ -263,7 +296,7 @@ class ParallelDispatcher:
         weights = beside.weights
         hops: list[Hop] = []
         for axis, group in self.groups.items():
-            hop = hop_of(self._part(experts, axis), group, axis, self.traffic)
+            hop = hop_of(self._part(experts, axis), group, axis, self.traffic, self.narrow)
             flights = hop.start(experts.int(), "routing"), hop.start(weights, "weights"), hop.start(x, "tokens")
             if not hops:
                 beside.compute()
@@ -294,7 +327,7 @@ def spread_experts(moe: MoE, dispatcher: ParallelDispatcher, ranks: Ranks, most_
     own = slice(dispatcher.first, dispatcher.first + dispatcher.here)
     for name, parameter in list(experts.named_parameters(recurse=False)):
         setattr(experts, name, torch.nn.Parameter(parameter.detach()[own].clone()))
-    dispatcher.may_pad = experts.dispatcher.may_pad
+    dispatcher.may_pad, dispatcher.narrow = experts.dispatcher.may_pad, isinstance(experts.precision, Fp8)
     experts.dispatcher = dispatcher  # type: ignore[assignment]
     limit = None if most_load is None else most_load / ranks.division.ep
 
