@@ -38,9 +38,9 @@ class Frozen(nn.Module):
         self.register_buffer("codes", codes)
         self.register_buffer("scales", scales)
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        """x [..., in] → [..., out]; with `counts` [E] rows sorted by expert."""
-        return frozen_linear(x, self.codes, self.scales, counts)
+    def forward(self, x: Tensor, counts: Tensor | None = None, after_swiglu: bool = False) -> Tensor:
+        """x [..., in], or as `Linear` takes it, → [..., out]; with `counts` [E] rows sorted by expert."""
+        return frozen_linear(swiglu(x) if after_swiglu else x, self.codes, self.scales, counts)
 
 
 class Adapted(nn.Module):
@@ -56,8 +56,8 @@ class Adapted(nn.Module):
         self.lora_A = nn.Parameter(values.to(device))
         self.lora_B = nn.Parameter(torch.zeros(*stack, out, config.rank, device=device))
 
-    def forward(self, x: Tensor, counts: Tensor | None = None) -> Tensor:
-        a, b = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
+    def forward(self, x: Tensor, counts: Tensor | None = None, after_swiglu: bool = False) -> Tensor:
+        x, a, b = swiglu(x) if after_swiglu else x, self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
         if counts is None:
             return self.frozen(x) + self.scale * F.linear(F.linear(x, a), b)
         return self.frozen(x, counts) + self.scale * grouped_linear(grouped_linear(x, a, counts), b, counts)

@@ -34,8 +34,8 @@ class MLA(nn.Module):
         self.qk_nope_head_dim, self.qk_rope_head_dim = config.qk_nope_head_dim, config.qk_rope_head_dim
         self.v_head_dim, self.kv_lora_rank = config.v_head_dim, config.kv_lora_rank
         self.scale = softmax_scale(config)
-        heads = config.num_attention_heads
-        queries = heads * config.qk_head_dim
+        self.heads = config.num_attention_heads  # those whose weights are here: all, unless the model is cut
+        queries = self.heads * config.qk_head_dim
         if config.q_lora_rank is None:
             self.q_proj = Linear(config.hidden_size, queries)
         else:
@@ -45,15 +45,10 @@ class MLA(nn.Module):
         self.compresses_queries = config.q_lora_rank is not None
         self.kv_a_proj_with_mqa = Linear(config.hidden_size, self.kv_lora_rank + self.qk_rope_head_dim)
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS)
-        self.kv_b_proj = Linear(self.kv_lora_rank, heads * (self.qk_nope_head_dim + self.v_head_dim))
-        self.o_proj = Linear(heads * self.v_head_dim, config.hidden_size)
+        self.kv_b_proj = Linear(self.kv_lora_rank, self.heads * (self.qk_nope_head_dim + self.v_head_dim))
+        self.o_proj = Linear(self.heads * self.v_head_dim, config.hidden_size)
         # Step-scoped, read and cleared by QK-clip; nothing is measured while it is None.
         self.largest_logits: Tensor | None = None
-
-    @property
-    def heads(self) -> int:
-        """Those whose weights are here: all, or this rank's."""
-        return self.kv_b_proj.weight.shape[0] // (self.qk_nope_head_dim + self.v_head_dim)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: LatentCache | None = None

@@ -83,6 +83,7 @@ def cut_matrices(model: Transformer, group: dist.ProcessGroup) -> Transformer:
 
     for name, module in model.named_modules():
         if isinstance(module, MLA):
+            module.heads //= ways
             (module.q_b_proj if module.compresses_queries else module.q_proj).register_forward_pre_hook(spread)
             module.kv_b_proj.register_forward_pre_hook(spread)
             module.kv_a_proj_with_mqa.register_forward_hook(spread_key)
