@@ -101,18 +101,21 @@ def rewarded(folder: Path, begun: Path, seed: int) -> tuple[Path, float]:
     return out, receipt["cpu_seconds"]
 
 
-def one_seed(folder: Path, begun: Path, cost: float, seed: int) -> dict[str, Any]:
+def one_seed(folder: Path, begun: Path, cost: float, seed: int, controlled: bool) -> dict[str, Any]:
     """GRPO and, as the control, more SFT for as many CPU-seconds, from the same checkpoint."""
     task = folder / "task"
     dev, test = task / "dev.jsonl", task / "test.jsonl"
     run, spent = rewarded(folder, begun, seed)
-    control = folder / f"control-{seed}"
     steps, held_out = read(run)
     at = {row["step"]: row["cpu_seconds"] for row in steps} | {0: 0.0}
-    asked = (*OF_SFT, "train.checkpoint_every=80", f"train.seed={seed}", f"train.tokens={round(spent / cost)}")
-    more = sft(begun, task / "chats.jsonl", control, asked)
-    after, best_of_more = curve(control, dev)
-    named = {"sft": (begun, None), "grpo": (run, None), "control": (control, best_of_more / "model")}
+    named: dict[str, tuple[Path, Path | None]] = {"sft": (begun, None), "grpo": (run, None)}
+    seconds, after = {"grpo": spent}, []
+    if controlled:
+        control = folder / f"control-{seed}"
+        asked = (*OF_SFT, "train.checkpoint_every=80", f"train.seed={seed}", f"train.tokens={round(spent / cost)}")
+        seconds["control"] = sft(begun, task / "chats.jsonl", control, asked)["cpu_seconds"]
+        after, best = curve(control, dev)
+        named["control"] = (control, best / "model")
 
     def right(file: Path, temperature: float) -> dict[str, float]:
         return {name: score(run, file, temperature, weights) for name, (run, weights) in named.items()}
@@ -126,7 +129,7 @@ def one_seed(folder: Path, begun: Path, cost: float, seed: int) -> dict[str, Any
         "dev, drawn": right(dev, 1.0),
         "test": right(test, 0.0),
         "test, drawn": right(test, 1.0),
-        "cpu_seconds": {"grpo": spent, "control": more["cpu_seconds"]},
+        "cpu_seconds": seconds,
     }
 
 
@@ -165,6 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--controls", type=int, help="for so many of the seeds only")
     parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
     folder: Path = asked.folder
@@ -177,7 +181,7 @@ def main() -> None:
     for seed in range(asked.seeds):
         rewarded(folder, begun, seed)
     for seed in range(asked.seeds):
-        results.append(one_seed(folder, begun, cost, seed))
+        results.append(one_seed(folder, begun, cost, seed, asked.controls is None or seed < asked.controls))
         (folder / "results.json").write_text(json.dumps({"sft": before, "seeds": results}, indent=1))
     for kind in ("dev", "dev, drawn", "test", "test, drawn"):
         for result in results:
