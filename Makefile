@@ -12,7 +12,8 @@ test: $(VENV)/dev  ## the proofs that fit into minutes
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/dev  ## the long proofs
-	$(BIN)/python -m pytest -n 2 --dist loadgroup -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "slow and not all_cores"
+	$(BIN)/python -m pytest -m all_cores
 
 check: $(VENV)/dev  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -23,6 +23,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"), documents=2000)
 
 
+@pytest.mark.all_cores
 def test_nano_under_repeated_kills_on_all_cores_is_bit_identical(data: Path, tmp_path: Path) -> None:
     overrides = (
         "train.tokens=92160",
