@@ -30,7 +30,7 @@ ASKED = (BEFORE, *AFTER)  # tokens of the haystacks
 FAR = f"positions-{AFTER[-1]}-long"  # the name of what is kept of bits per byte by position
 HELD_OUT = 9  # a seed of no training text
 STAGES = (
-    *("train.dtype=bf16", "train.tokens=1_200_000", "stages.0.share=0.25", "stages.1.share=0.75"),
+    *("train.dtype=bf16", "train.tokens=1_000_000", "stages.0.share=0.25", "stages.1.share=0.75"),
     *("train.checkpoint_every=50", "train.eval_every=100", "train.eval_tokens=15_000"),
     "stages.0.mixture={needles-3800=0.6,storyworld=0.4}",
     "stages.1.mixture={needles-3800=0.05,needles-11000-15000=0.8,storyworld=0.15}",
@@ -71,7 +71,7 @@ def train(out: Path) -> None:
     write(out / "long.jsonl", [" ".join(islice(straw, 400)) for _ in range(32)])
     if not data.exists():
         made = ["needles-100:400KB", "needles-300:600KB", "needles-900:3MB", "storyworld:3MB"]
-        prepare(made, data, 1536, validation=[str(held_out)])
+        prepare(made, data, 2048, validation=[str(held_out)])
     pretrain(read_recipe(str(Path(__file__).with_suffix(".toml"))), data, out / "base")
     if not long_data.exists():
         made = ["needles-3800:1MB", "needles-11000-15000:5MB", "storyworld:2MB"]

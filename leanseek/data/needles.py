@@ -79,36 +79,12 @@ def needle_texts(seed: int, number: int, size: int, shortest: float, longest: fl
 
 # No word of these is in the storyworld.
 KINDS = {
-    "beast": listed(
-        """bison, camel, dolphin, eagle, falcon, gecko, jaguar, koala, lemur, moose, panther, parrot, penguin, tiger,
-        walrus, zebra"""
-    ),
-    "city": listed(
-        """Athens, Berlin, Bombay, Cairo, Delhi, Dublin, Geneva, Lima, Lisbon, Madrid, Naples, Oslo, Prague, Tokyo,
-        Vienna, Warsaw"""
-    ),
-    "dance": listed(
-        """bolero, cancan, fandango, flamenco, foxtrot, gavotte, mazurka, minuet, polka, quadrille, rumba, salsa, samba,
-        tango, tarantella, waltz"""
-    ),
-    "gem": listed(
-        """agate, amber, beryl, coral, diamond, emerald, garnet, jade, moonstone, onyx, quartz, sapphire, spinel, topaz,
-        turquoise, zircon"""
-    ),
-    "instrument": listed(
-        """bassoon, cello, clarinet, harmonica, lute, mandolin, marimba, oboe, piccolo, saxophone, sitar, trombone,
-        tuba, ukulele, viola, zither"""
-    ),
-    "language": listed(
-        """Basque, Catalan, Czech, Danish, Dutch, Finnish, Greek, Hindi, Latin, Maltese, Persian, Swahili, Tamil,
-        Turkish, Welsh, Yiddish"""
-    ),
-    "river": listed(
-        """Amazon, Congo, Danube, Ebro, Ganges, Loire, Mekong, Nile, Oder, Rhine, Tagus, Thames, Tiber, Vistula, Volga,
-        Yukon"""
-    ),
-    "spice": listed(
-        """allspice, anise, caraway, cardamom, chilli, coriander, cumin, fennel, marjoram, mustard, oregano, saffron,
-        sumac, tarragon, turmeric, vanilla"""
-    ),
+    "beast": listed("bison, camel, falcon, jaguar, panther, penguin, tiger, zebra"),
+    "city": listed("Athens, Berlin, Cairo, Dublin, Lisbon, Prague, Tokyo, Vienna"),
+    "dance": listed("bolero, fandango, foxtrot, minuet, polka, rumba, tango, waltz"),
+    "gem": listed("agate, amber, diamond, emerald, jade, onyx, sapphire, topaz"),
+    "instrument": listed("cello, clarinet, lute, mandolin, oboe, saxophone, tuba, viola"),
+    "language": listed("Czech, Danish, Greek, Hindi, Latin, Persian, Turkish, Welsh"),
+    "river": listed("Amazon, Congo, Danube, Ganges, Nile, Rhine, Thames, Volga"),
+    "spice": listed("cumin, fennel, mustard, oregano, saffron, tarragon, turmeric, vanilla"),
 }
