@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int)
     parser.add_argument("--limit", type=int, help="questions that are answered for the samples")
     parser.add_argument("overrides", nargs="*", metavar="STAGE:section.key=value")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     overrides: dict[str, list[str]] = {}
     for told in asked.overrides:
         stage, _, override = told.partition(":")
