@@ -15,6 +15,7 @@ from leanseek.train.optim import (
     ADAM_RMS,
     NEWTON_SCHULZ,
     Muon,
+    NarrowAdamW,
     as_matrices,
     build_optimizers,
     forget_logits,
@@ -224,6 +225,23 @@ def test_qk_clip_brings_the_largest_logit_to_the_threshold(q_lora: str) -> None:
     model(ids, positions)
     after = attention.largest_logits  # the first layer's input has not changed
     torch.testing.assert_close(after, before.clamp(max=threshold), rtol=1e-4, atol=1e-5)
+
+
+def test_moments_rest_in_bf16_and_are_computed_with_in_full() -> None:
+    weight = torch.nn.Parameter(torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4))
+    optimizer = NarrowAdamW([{"params": [weight], "weight_decay": 0.1}], (0.9, 0.95), 1e-8, torch.bfloat16)
+    optimizer.param_groups[0]["lr"] = 0.01
+    w = weight.detach().clone()
+    m, v = torch.zeros_like(w), torch.zeros_like(w)
+    for number in range(1, 4):
+        gradient = torch.randn(3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(number))
+        weight.grad = gradient.clone()
+        optimizer.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.95 * v + 0.05 * gradient**2
+        w = w * (1 - 0.01 * 0.1) - 0.01 * (m / (1 - 0.9**number)) / ((v / (1 - 0.95**number)).sqrt() + 1e-8)
+        m, v = m.bfloat16().double(), v.bfloat16().double()
+        torch.testing.assert_close(weight.detach(), w, rtol=0, atol=1e-12)
+    assert {value.dtype for key, value in optimizer.state[weight].items() if key != "step"} == {torch.bfloat16}
 
 
 # ── the step ──────────────────────────────────────────────────────────────────────────────────────────────────────

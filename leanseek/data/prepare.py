@@ -7,7 +7,7 @@ document; texts and signatures lie on the disk. Killed, the same call goes on af
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -20,7 +20,7 @@ from leanseek.data.classifier import Classifier
 from leanseek.data.duplicates import Forbidden, first_of_equals, near_duplicates
 from leanseek.data.filters import Filters
 from leanseek.data.phases import Work
-from leanseek.data.read import READ, Damage, Source, batches, find_source, read_texts, strings_of
+from leanseek.data.read import READ, Damage, Source, batches, find_source, parse, strings_of
 from leanseek.data.shards import ShardEntry, ShardWriter, write_manifest
 from leanseek.data.spool import SPOOLED, Documents, Spool, of_hash
 from leanseek.data.tally import SAMPLE_CHARACTERS, SAMPLES, Report, Step
@@ -185,8 +185,9 @@ def _shares(asked: Cleaning, names: list[str]) -> dict[str, float]:
     return shares
 
 
-def _texts(inputs: Sequence[str]) -> list[str]:
-    return [text for name in inputs for file in find_source(name).files for text, _ in read_texts(file, print)]
+def _texts(inputs: Sequence[str]) -> Iterator[str]:
+    for batch in batches([find_source(name) for name in inputs]):
+        yield from (text.decode() for text in parse(batch).texts)
 
 
 def _inputs_of(cleaning: Cleaning) -> list[str]:

@@ -28,6 +28,7 @@ def losses_and_error(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[T
 
 
 LossesAndError = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
+OfRows = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]  # logits [n, V], which rows they are of, gradient
 
 
 def linear_cross_entropy(
@@ -38,7 +39,7 @@ def linear_cross_entropy(
     hidden [N, D], weight [V, D], targets [N]. Works through the rows in pieces and takes each piece's gradient while
     its logits are at hand, so that memory does not grow with N·V and nothing is computed twice.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, targets, of_logits)
+    return _HeadLoss.apply(hidden, weight, lambda logits, rows, gradient: of_logits(logits, targets[rows], gradient))
 
 
 @torch.no_grad()
@@ -104,55 +105,36 @@ def linear_divergence(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Ten
     the known ones leave: a bound from below of the divergence over all of them, which is 0 where the two agree, and
     the divergence itself when k is V. Were p made to sum to one over its k, the student would learn to close the rest.
     """
-    return _LinearDivergence.apply(hidden, weight, ids, logprobs)
+    return _HeadLoss.apply(hidden, weight, lambda logits, rows, _: _divergence(logits, ids[rows], logprobs[rows]))
 
 
-class _LinearDivergence(torch.autograd.Function):
-    """In pieces, with each piece's gradient at once, as below."""
+def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [N, V], ids and logprobs [N, k] → the divergences [N] and d divergence / d logits [N, V]."""
+    own = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+    known = logprobs.to(own.dtype)
+    p = known.exp()
+    beyond_p = (1 - p.sum(dim=-1, keepdim=True)).clamp(min=0)  # [N, 1]
+    beyond = own.exp().scatter(1, ids, 0.0)  # the student's probabilities of all other tokens
+    beyond_q = beyond.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
+    losses = (p * (known - own.gather(1, ids))).sum(dim=-1)
+    losses = losses + (torch.xlogy(beyond_p, beyond_p) - beyond_p * beyond_q.log()).squeeze(1)
+    # It is q − p, where beyond the known ones p is shared out as q is.
+    error = own.exp() - (beyond * (beyond_p / beyond_q)).scatter_add_(1, ids, p)
+    return losses, error.to(logits.dtype)
 
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Tensor) -> Tensor:
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
-        total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-        narrow = weight.to(hidden.dtype)
-        for rows in _pieces(hidden, weight.shape[0]):
-            logits = _logits(hidden[rows], narrow)
-            own, known = logits.log_softmax(dim=-1), logprobs[rows].to(logits.dtype)
-            p = known.exp()
-            beyond_p = (1 - p.sum(dim=-1, keepdim=True)).clamp(min=0)  # [piece, 1]
-            beyond = own.exp().scatter(1, ids[rows], 0.0)  # the student's probabilities of all other tokens
-            beyond_q = beyond.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(own.dtype).tiny)
-            total += (p * (known - own.gather(1, ids[rows]))).sum()
-            total += (torch.xlogy(beyond_p, beyond_p) - beyond_p * beyond_q.log()).sum()
-            if grad_hidden is None and grad_weight is None:
-                continue
-            # d loss / d logits is q − p, where beyond the known ones p is shared out as q is, [piece, V]
-            error = own.exp() - (beyond * (beyond_p / beyond_q)).scatter_add_(1, ids[rows], p)
-            error = error.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = error @ narrow
-            if grad_weight is not None:
-                grad_weight += error.T @ hidden[rows]
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return total
+
+class _HeadLoss(torch.autograd.Function):
+    """The sum over rows of what `of_rows` makes of their logits: losses [n] and, where asked, their error [n, V]."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, of_logits: LossesAndError) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         narrow = weight.to(hidden.dtype)
         gradient = grad_hidden is not None or grad_weight is not None
         for rows in _pieces(hidden, weight.shape[0]):
-            losses, error = of_logits(hidden[rows] @ narrow.T, targets[rows], gradient)  # error [piece, V]
+            losses, error = of_rows(hidden[rows] @ narrow.T, rows, gradient)
             total += losses.sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ narrow
@@ -162,9 +144,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -9,9 +9,10 @@ target is then of the same sample as the token at its place.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -55,24 +56,22 @@ class Limits:
 ANY = Limits()
 
 
-class Gradients(Protocol):
-    """Leaves in `.grad` the gradients of the whole batch, this rank's part of them; returns its losses, as `StepResult`
-    has them: of the main model, then of each MTP depth, the same on all ranks.
+class Rows(NamedTuple):
+    """The rows of a batch that are on this rank's dp, or some of them; all [B, T], B perhaps 0."""
 
-    Of the batch a rank is handed the rows of its dp, ids, targets, positions and segments [B, T], B perhaps 0.
-    """
+    ids: Tensor
+    targets: Tensor
+    positions: Tensor | None = None
+    segments: Tensor | None = None
 
-    def __call__(
-        self,
-        model: Transformer,
-        ids: Tensor,
-        targets: Tensor,
-        knobs: Knobs,
-        config: Config,
-        positions: Tensor | None,
-        segments: Tensor | None,
-        ranks: Ranks,
-    ) -> list[float]: ...
+    def part(self, which: slice) -> "Rows":
+        positions, segments = (None if each is None else each[which] for each in (self.positions, self.segments))
+        return Rows(self.ids[which], self.targets[which], positions, segments)
+
+
+# Leaves in `.grad` this rank's part of the gradients of the whole batch; returns its losses, the same on all ranks: of
+# the main model, then of each MTP depth.
+Gradients = Callable[[Transformer, Rows, Knobs, Config, Ranks], list[float]]
 
 
 def train_step(
@@ -94,71 +93,57 @@ def train_step(
     model.train()
     make: Gradients = partial(gradients, teacher=teacher) if pipeline is None else pipelined(pipeline)
     with weights_quantised_once(model):
-        losses = make(model, ids, targets, knobs, config, positions, segments, ranks)
+        losses = make(model, Rows(ids, targets, positions, segments), knobs, config, ranks)
     divergence = None if teacher is None else losses.pop()
     return update(model, optimizers, losses, knobs, config, ranks, limits, divergence)
 
 
 def gradients(
-    model: Transformer,
-    ids: Tensor,
-    targets: Tensor,
-    knobs: Knobs,
-    config: Config,
-    positions: Tensor | None,
-    segments: Tensor | None,
-    ranks: Ranks,
-    teacher: Teacher | None = None,
+    model: Transformer, rows: Rows, knobs: Knobs, config: Config, ranks: Ranks, teacher: Teacher | None = None
 ) -> list[float]:
     """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks.
 
     With a teacher, the last of the losses is the main model's divergence from it.
     """
     depths, micro_batch = len(model.mtp), config.train.micro_batch
-    counts, context = valid_targets(targets, segments, depths, ranks), context_of(ids.shape[1], ranks)
-    micro_batches = micro_batches_of(ids, config, ranks)
-    balance_sequences(model, ids, config, ranks)
+    counts, context = valid_targets(rows.targets, rows.segments, depths, ranks), context_of(rows.ids.shape[1], ranks)
+    micro_batches = micro_batches_of(rows.ids, config, ranks)
+    balance_sequences(model, rows.ids, config, ranks)
     taught = 0.0 if teacher is None else teacher.config.weight
     if teacher is not None:
         counts.append(counts[0])
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=ids.device)
+    sums = torch.zeros(len(counts), dtype=torch.float64, device=rows.ids.device)
     for number in range(micro_batches):
-        mine = slice(number * micro_batch, (number + 1) * micro_batch)
-        where, whose = (None if tensor is None else tensor[mine] for tensor in (positions, segments))
         before_micro_batch(model, number == micro_batches - 1, config)
-        losses = loss_sums(model, ids[mine], targets[mine], where, whose, context, teacher)
+        losses = loss_sums(model, *rows.part(slice(number * micro_batch, (number + 1) * micro_batch)), context, teacher)
         sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
         (own + knobs.mtp_weight / max(depths, 1) * sum(means[1 : depths + 1])).backward()
-    losses_of_all: list[float] = (ranks.total(sums, "batch").cpu() / torch.tensor(counts)).tolist()
-    return losses_of_all
+    return _means(sums, counts, ranks)
 
 
 def pipelined(pipeline: Pipeline) -> Gradients:
     """`Gradients` where the layers are on several ranks: all micro-batches go through the stages by their schedule."""
 
-    def gradients(
-        model: Transformer,
-        ids: Tensor,
-        targets: Tensor,
-        knobs: Knobs,
-        config: Config,
-        positions: Tensor | None,
-        segments: Tensor | None,
-        ranks: Ranks,
-    ) -> list[float]:
+    def gradients(model: Transformer, rows: Rows, knobs: Knobs, config: Config, ranks: Ranks) -> list[float]:
+        ids, targets, *packed = rows
         depths = config.model.num_nextn_predict_layers
-        counts = valid_targets(targets, segments, depths, ranks)
+        counts = valid_targets(targets, rows.segments, depths, ranks)
         balance_sequences(model, ids, config, ranks)
         weights = [1.0, *[knobs.mtp_weight / max(depths, 1)] * depths]
         factors = [weight / count for weight, count in zip(weights, counts, strict=True)]
         micro_batches = micro_batches_of(ids, config, ranks)
-        sums = pipeline.backward(ids, targets, factors, config.train.micro_batch, micro_batches, positions, segments)
-        losses: list[float] = (ranks.total(sums, "batch").cpu() / torch.tensor(counts)).tolist()
-        return losses
+        sums = pipeline.backward(ids, targets, factors, config.train.micro_batch, micro_batches, *packed)
+        return _means(sums, counts, ranks)
 
     return gradients
+
+
+def _means(sums: Tensor, counts: list[int], ranks: Ranks) -> list[float]:
+    """The losses of the whole batch, of this rank's sums."""
+    means: list[float] = (ranks.total(sums, "batch").cpu() / torch.tensor(counts)).tolist()
+    return means
 
 
 def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
@@ -257,8 +242,7 @@ def loss_sums(
     """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T].
 
     With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
-    see each other.
-    With a teacher, last, the main model's divergence from it at the same places.
+    see each other. With a teacher, last, the main model's divergence from it at the same places.
     """
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
