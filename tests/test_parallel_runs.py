@@ -8,11 +8,13 @@ import sys
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.tensor import DTensor
 
 from leanseek import checkpoint
 from leanseek.config import BadInput, Config, read_recipe
@@ -20,10 +22,12 @@ from leanseek.data.loader import part_of
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.apply import parallelize
 from leanseek.parallel.mesh import Ranks, ranks_of
-from leanseek.parallel.parts import gathered, parts
+from leanseek.parallel.parts import gathered, local, parts
+from leanseek.parallel.tensor import share
 from leanseek.train.average import Average
 from leanseek.train.optim import build_optimizers
 from leanseek.train.pretrain import pretrain
+from leanseek.train.setup import build
 from leanseek.train.step import train_step
 from tests.pool import Pool
 from tests.test_parallel import NOW, config_of, model_of, rows_of
@@ -185,6 +189,66 @@ def test_an_average_is_the_sum_it_says() -> None:
             )
     expected = 0.75**3 * seen[0] + 0.25 * (0.75**2 * seen[1] + 0.75 * seen[2] + seen[3])
     torch.testing.assert_close(average.weights["lm_head.weight"].double(), expected, rtol=0, atol=1e-6)
+
+
+BEGUN = {
+    "dp": (2, ()),
+    "ep": (2, ("mesh.ep=2",)),
+    "tp": (2, ("mesh.tp=2",)),
+    "pp, the embedding lent": (2, ("mesh.pp=2",)),
+    "pp as a V, the embedding shared": (2, ("mesh.pp=2", "mesh.schedule=ZBV", "model.num_hidden_layers=4")),
+    "pp × ep × dp": (8, ("mesh.pp=2", "mesh.ep=2", "mesh.replicate=2")),
+}
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("a rank has the whole model")
+
+
+def begun(rank: int, world: int, overrides: tuple[str, ...], drawn: bool) -> dict[str, np.ndarray]:
+    """What a rank begins with, its part of each parameter put where it lies in the whole; NaN elsewhere."""
+    config = read_recipe(str(RECIPE), ("train.dtype=fp32", "train.device=cpu", *overrides))
+    ranks = ranks_of(config)
+    with patch.object(Transformer, "initialise", never):
+        model, _, pipeline = build(config, ranks, drawn)
+    assert not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+    assert not any(bool(buffer.any()) for buffer in model.buffers())
+    found = {}
+    for name, part in parts(model, ranks).items():
+        if name.endswith("bias"):
+            continue
+        whole = np.full(part.shape, np.nan, np.float32)
+        whole[part.first : part.first + part.rows] = local(model.get_parameter(name)).detach().numpy()
+        found[f"{ranks.place['tp']} {name}"] = whole
+    if pipeline is not None and pipeline.late is not None:
+        late = pipeline.late.weight
+        shared = model.embed_tokens is not None and late is model.embed_tokens.weight
+        assert shared == (pipeline.borrowed is None)
+        if isinstance(late, DTensor):
+            late = late.full_tensor()
+        found["0 embed_tokens.weight"] = late.detach().numpy()
+    return found
+
+
+@pytest.mark.parametrize("case", BEGUN)
+def test_ranks_begin_with_what_one_process_begins_with_and_never_have_it_whole(pool: Pool, case: str) -> None:
+    world, overrides = BEGUN[case]
+    of_one = ("mesh.pp=1", "mesh.ep=1", "mesh.tp=1", "mesh.replicate=1", "train.dtype=fp32", "train.device=cpu")
+    alone, _, _ = build(read_recipe(str(RECIPE), (*overrides, *of_one)))
+    tp = 2 if case == "tp" else 1
+    expected = {
+        f"{rank} {name}": share(name, weight.detach(), rank, tp).numpy() if tp > 1 else weight.detach().numpy()
+        for rank in range(tp)
+        for name, weight in alone.named_parameters()
+    }
+    seen: dict[str, np.ndarray] = {}
+    for rank in pool.run(world, begun, overrides, True):
+        for name, values in rank.items():
+            known = ~np.isnan(values)
+            assert (values[known] == expected[name][known]).all(), name
+            seen[name] = seen.get(name, np.zeros(values.shape, bool)) | known
+    assert seen.keys() == expected.keys()
+    assert all(known.all() for known in seen.values())
 
 
 # ── runs ──────────────────────────────────────────────────────────────────────────────────────────────────────────

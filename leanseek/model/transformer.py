@@ -5,7 +5,7 @@ and no environment. Layers are kept by global index and embedding, norm and head
 cut it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -108,17 +108,27 @@ class Transformer(nn.Module):
         """Every router by name, those of the MTP modules included."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
 
+    def beginning(self, std: float, generator: torch.Generator | None) -> Iterator[tuple[str, Tensor]]:
+        """What each parameter begins with, by name, one at a time: matrices from N(0, std²) (report §4.2), norms one.
+
+        The model itself may have no memory (device "meta"). Without a generator matrices hold anything.
+        """
+        for name, module in self.named_modules():
+            for own, parameter in module.named_parameters(recurse=False):
+                value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                if isinstance(module, RMSNorm):
+                    value.fill_(1.0)
+                elif generator is not None:
+                    value.normal_(0.0, std, generator=generator)
+                yield f"{name}.{own}", value
+
     @torch.no_grad()
     def initialise(self, std: float, generator: torch.Generator) -> None:
-        """Matrices from N(0, std²) (report §4.2), norms one, biases and counters zero; for emptied models too."""
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight.fill_(1.0)
-            elif isinstance(module, (nn.Embedding, Linear, Experts, Router)):
-                for parameter in module.parameters(recurse=False):
-                    parameter.normal_(0.0, std, generator=generator)
-            for buffer in module.buffers(recurse=False):
-                buffer.zero_()
+        """Gives parameters what they begin with, and biases and counters zero; emptied models too."""
+        for name, value in self.beginning(std, generator):
+            self.get_parameter(name).copy_(value)
+        for buffer in self.buffers():
+            buffer.zero_()
 
 
 def attention_mask(positions: Tensor, segments: Tensor | None, cached: bool) -> Tensor | None:

@@ -15,7 +15,7 @@ by a number of ranks.
 """
 
 from collections import defaultdict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -35,15 +35,21 @@ from leanseek.parallel.context import cut_rows
 from leanseek.parallel.deepep import DeepEPDispatcher, buffer_of
 from leanseek.parallel.expert import ParallelDispatcher, Traffic, spread_experts
 from leanseek.parallel.mesh import Ranks
-from leanseek.parallel.tensor import cut_matrices
+from leanseek.parallel.parts import parts
+from leanseek.parallel.tensor import cut_matrices, share
 
 
 def parallelize(
-    model: Transformer, config: Config, ranks: Ranks, stages: Sequence[nn.Module] | None = None
+    model: Transformer,
+    config: Config,
+    ranks: Ranks,
+    stages: Sequence[nn.Module] | None = None,
+    beginning: Iterable[tuple[str, Tensor]] | None = None,
 ) -> Transformer:
     """The model, changed in place to be this rank's part.
 
-    It may have only some layers already; `stages` are then the modules that are called instead of it.
+    It may have only some layers already; `stages` are then the modules that are called instead of it. It may have no
+    memory yet (device "meta"); `beginning` is then the value of each parameter of the whole, one after the other.
     """
     if (heads := ranks.group("tp")) is not None:
         cut_matrices(model, heads)
@@ -55,9 +61,41 @@ def parallelize(
             given = config.model.n_routed_experts, ranks, traffic
             dispatcher = ParallelDispatcher(*given) if buffer is None else DeepEPDispatcher(*given, buffer)
             spread_experts(moe, dispatcher, ranks, config.mesh.most_load)
+    if beginning is not None:
+        parts_of_stages = [part for stage in stages or () for part in stage.children() if isinstance(part, Transformer)]
+        _begin([model, *parts_of_stages], beginning, ranks)
     recompute(model, config.train.recompute)
     _share_states(model, config, ranks, [model] if stages is None else stages)
     return model
+
+
+def _begin(models: Sequence[Transformer], beginning: Iterable[tuple[str, Tensor]], ranks: Ranks) -> None:
+    """Puts memory under the parameters and buffers of models that have none. One tensor at a time is there as a whole.
+
+    A parameter that several modules hold is one afterwards too.
+    """
+    held = [(f"{name}.{own}", module, own) for model in models for name, module in model.named_modules()
+            for own, _ in module.named_parameters(recurse=False)]  # fmt: skip
+    places: dict[str, list[tuple[nn.Module, str]]] = defaultdict(list)
+    for whole_name, module, own in held:
+        places[whole_name].append((module, own))
+    rows, tp = parts(models[0], ranks), ranks.division.tp
+    made: dict[nn.Parameter, nn.Parameter] = {}
+    for name, value in beginning:
+        for module, own in places.get(name, ()):
+            without = module.get_parameter(own)
+            if not without.is_meta:
+                continue  # the same module, met in another model
+            if without not in made:
+                mine = share(name, value, ranks.place["tp"], tp) if tp > 1 else value
+                if name in rows:
+                    mine = mine[rows[name].first : rows[name].first + rows[name].rows]
+                made[without] = nn.Parameter(mine.to(ranks.device, copy=True), without.requires_grad)
+            setattr(module, own, made[without])
+    for module in {module for model in models for module in model.modules()}:
+        for own, buffer in module.named_buffers(recurse=False):
+            if buffer.is_meta:
+                setattr(module, own, torch.zeros_like(buffer, device=ranks.device))
 
 
 # ── FSDP ──────────────────────────────────────────────────────────────────────────────────────────────────────────

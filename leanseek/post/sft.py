@@ -71,10 +71,12 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         given = config, fingerprint_of(file), run / "tokenizer", file
         config = lead(lambda: take_up(out, *given, chats=True, begun_with=run, ranks=world), everyone)
         ranks = ranks_of(config)
-        model, optimizers, pipeline = build(config, ranks) if config.lora is None else build_adapted(config, out)
-        scorer = model if pipeline is None else pipeline.nats
         if config.lora is None:  # weights and routing bias: the optimizers begin anew
+            model, optimizers, pipeline = build(config, ranks, drawn=False)
             checkpoint.load_weights(weights, model, ranks)
+        else:
+            model, optimizers, pipeline = build_adapted(config, out)
+        scorer = model if pipeline is None else pipeline.nats
         before = _standing(model, answers) if ranks.world == 1 else None
         teacher = teacher_of(config, tokenizer)
         loader = ChatLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)

@@ -51,10 +51,13 @@ def _opened(folder: Path) -> tuple[Data, Tokenizer]:
 
 
 def assemble(
-    config: Config, data: Data, tokenizer: Tokenizer, ranks: Ranks = ALONE
+    config: Config, data: Data, tokenizer: Tokenizer, ranks: Ranks = ALONE, drawn: bool = True
 ) -> tuple[Transformer, list[Optimizer], Loader, Pipeline | None]:
-    """What a run begins with: the initialised model on its device, its optimizers, the batches, and its pipeline."""
-    model, optimizers, pipeline = build(config, ranks)
+    """What a run begins with: the initialised model on its device, its optimizers, the batches, and its pipeline.
+
+    Unless the weights are `drawn`, they are to be loaded.
+    """
+    model, optimizers, pipeline = build(config, ranks, drawn)
     loader = Loader(data, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
     return model, optimizers, loader, pipeline
 
@@ -68,7 +71,8 @@ def train_on(
     begin: checkpoint.Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Trains RUN, which is locked, from where it stopped, else from the weights of `begin`, else from scratch."""
-    model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks)
+    held = begin or lead(lambda: checkpoint.newest(run, lambda _: None), ranks.group("world"))
+    model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks, drawn=held is None)
     if begin is not None:  # weights and routing bias: the optimizers begin anew
         checkpoint.load_model_weights(begin.model, model, ranks=ranks)
     scorer = model if pipeline is None else pipeline.nats

@@ -1,7 +1,7 @@
 """What every stage of training begins and ends with: a run folder, a model with its optimizers, the loop, the bill."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,25 @@ def take_up(
     return config
 
 
-def build(config: Config, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
+def build(
+    config: Config, ranks: Ranks = ALONE, drawn: bool = True
+) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
     """The initialised model on its device, which is made ready for it, and the optimizers: of many ranks one's part.
 
-    Where the layers are on several ranks, also what takes batches through them.
+    Where the layers are on several ranks, also what takes batches through them. Unless the weights are `drawn` they
+    hold anything, and are to be loaded. Of many ranks none ever has the whole model: it draws all weights, one tensor
+    after the other, and keeps its part of each.
     """
-    model = Transformer(config.model, DTYPES[config.train.dtype])
-    model.initialise(config.train.init_std, torch.Generator().manual_seed(config.train.seed))
-    return ready(config, model, ranks)
+    dtype, std, seed = DTYPES[config.train.dtype], config.train.init_std, config.train.seed
+    generator = torch.Generator().manual_seed(seed) if drawn else None
+    if ranks.world == 1:
+        model = Transformer(config.model, dtype)
+        if generator is not None:
+            model.initialise(std, generator)
+        return ready(config, model, ranks)
+    with torch.device("meta"):
+        model, whole = Transformer(config.model, dtype), Transformer(config.model, dtype)
+    return ready(config, model, ranks, whole.beginning(std, generator))
 
 
 def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimizer], None]:
@@ -114,13 +125,20 @@ def resting(lora: LoraConfig, base: Path) -> LoraConfig:
 
 
 def ready(
-    config: Config, model: Transformer, ranks: Ranks = ALONE
+    config: Config,
+    model: Transformer,
+    ranks: Ranks = ALONE,
+    beginning: Iterable[tuple[str, Tensor]] | None = None,
 ) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
-    """Brings a model to its device and makes both ready to train; what `build` returns."""
+    """Brings a model to its device and makes both ready to train; what `build` returns.
+
+    `beginning` is for a model without memory; see `parallelize`.
+    """
     if config.train.device == "cpu":
         ready_cpu()
     device = ranks.device if ranks.meshes else torch.device(config.train.device)
-    model.to(device)
+    if beginning is None:
+        model.to(device)
     table = Measured.read(Path(config.train.kernel_table)) if config.train.kernel_table is not None else None
     model.use(kernels_for(device, config.train.kernels, table))
     if config.train.dtype == "fp8":
@@ -131,7 +149,7 @@ def ready(
     pipeline = None
     if ranks.division.pp > 1:
         pipeline = Pipeline(model, config, ranks, loads(config.model), losses_of)
-    model = parallelize(model, config, ranks, list(pipeline.stages.values()) if pipeline else None)
+    model = parallelize(model, config, ranks, list(pipeline.stages.values()) if pipeline else None, beginning)
     optimizers = build_optimizers(model, config.optimizer, ranks)
     if config.optimizer.qk_clip is not None:
         watch_logits(model)
