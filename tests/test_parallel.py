@@ -4,6 +4,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from functools import cache
 from typing import Any
 from unittest.mock import patch
@@ -136,6 +137,11 @@ NOW = Knobs(learning_rate=0.003, batch_tokens=0, bias_speed=0.01, mtp_weight=0.3
 STEPS = 5
 
 
+def knobs_at(step: int) -> Knobs:
+    """The MTP modules are at rest in one of the steps, between others in which they learn."""
+    return replace(NOW, mtp_weight=0.0) if step == 2 else NOW
+
+
 def model_of(config: Config, dtype: torch.dtype) -> Transformer:
     """The model with weights that make the routing uneven, and biases that are not zero."""
     model = Transformer(config.model, dtype).to(dtype)
@@ -195,7 +201,7 @@ def learn(
             ids, targets, positions, segments = batch
             assert ids is not None
             assert targets is not None
-            result = train_step(model, optimizers, ids, targets, NOW, config, positions, segments, ranks)
+            result = train_step(model, optimizers, ids, targets, knobs_at(step), config, positions, segments, ranks)
             told.append((result.loss, result.mtp_loss, result.balance_loss, result.grad_norm))
     whole = gathered(model.state_dict(), parts(model, ranks), ranks)
     return told, loads, {name: tensor.numpy() for name, tensor in whole.items()}

@@ -33,7 +33,7 @@ from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.pretrain import share_of
 from leanseek.train.step import losses_of, train_step
 from tests.pool import Pool
-from tests.test_parallel import NOW, config_of, model_of, rows_of
+from tests.test_parallel import config_of, knobs_at, model_of, rows_of
 
 EXECUTED = ("1F1B", "Interleaved1F1B", "ZBV", "DualPipeV")
 
@@ -93,7 +93,16 @@ def learn(rank: int, world: int, case: Case, fault: str | None = None, run: Path
                 assert ids is not None
                 assert targets is not None
                 got = train_step(
-                    model, optimizers, ids, targets, NOW, config, positions, segments, ranks, pipeline=pipeline
+                    model,
+                    optimizers,
+                    ids,
+                    targets,
+                    knobs_at(number),
+                    config,
+                    positions,
+                    segments,
+                    ranks,
+                    pipeline=pipeline,
                 )
                 losses.append((got.loss, got.mtp_loss, got.balance_loss, got.grad_norm))
         if run is not None:

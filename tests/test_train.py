@@ -1,6 +1,7 @@
 """Schedules, optimizers and the training step, against closed forms and slow twins."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -305,6 +306,36 @@ def test_a_step_is_the_slow_loss_clipped_and_stepped(depth: int) -> None:
         router.e_score_correction_bias.copy_(updated_bias(router.e_score_correction_bias, loads[name], NOW.bias_speed))
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=0, atol=1e-9)
+
+
+def test_mtp_without_weight_is_at_rest() -> None:
+    """The main model learns as if there were no MTP module."""
+    resting = replace(NOW, mtp_weight=0.0)
+    weights, results = [], []
+    for depth in (1, 0):
+        config = tiny(f"model.num_nextn_predict_layers={depth}")
+        model = model_of(config, torch.float64)
+        optimizers = build_optimizers(model, config.optimizer)
+        results.append([train_step(model, optimizers, *batch_of(6, seed), resting, config) for seed in range(3)])
+        weights.append(model.state_dict())
+    assert results[0] == results[1]
+    for name, weight in weights[1].items():
+        torch.testing.assert_close(weights[0][name], weight, rtol=0, atol=0)
+
+
+def test_what_mtp_has_learnt_stays_while_it_rests() -> None:
+    """Nothing decays, no moment pulls it on, and its routing bias does not move."""
+    config = tiny("model.num_nextn_predict_layers=1")
+    model = model_of(config, torch.float64)
+    optimizers = build_optimizers(model, config.optimizer)
+    states = []
+    for weight in (0.3, 0.0, 0.3):
+        result = train_step(model, optimizers, *batch_of(6), replace(NOW, mtp_weight=weight), config)
+        assert (result.mtp_loss > 0) == (weight > 0)
+        states.append({name: value.clone() for name, value in model.mtp.state_dict().items()})
+    for name, weight in states[0].items():
+        torch.testing.assert_close(states[1][name], weight, rtol=0, atol=0)
+    assert not all(torch.equal(states[2][name], weight) for name, weight in states[0].items())
 
 
 def test_the_bias_moves_by_its_speed_against_the_load() -> None:

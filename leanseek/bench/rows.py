@@ -148,10 +148,16 @@ def shape(row: Row) -> tuple[int, float]:
     if row.control:
         return controls.parameter_count(row.control), controls.flops_per_token(row.control)
     config = config_of(row, row.tokens, None, 0)
-    return (
-        parameters(config.model).total_with_mtp,
-        flops_per_token(config.model, config.stages[0].sequence_length),
-    )
+    length, share = config.stages[0].sequence_length, mtp_share(config)
+    resting, busy = (flops_per_token(config.model, length, mtp=mtp) for mtp in (False, True))
+    return parameters(config.model).total_with_mtp, (1 - share) * resting + share * busy
+
+
+def mtp_share(config: Config) -> float:
+    """Which share of a run's tokens the MTP modules learn from, to a thousandth; else they are at rest."""
+    budget = config.train.tokens
+    at = [knobs(config.schedule, budget * (i + 0.5) / 1000, budget).mtp_weight for i in range(1000)]
+    return sum(weight > 0 for weight in at) / 1000 if config.model.num_nextn_predict_layers else 0.0
 
 
 def settings_of(row: Row, tokens: int, rate: float | None) -> dict[str, Any]:

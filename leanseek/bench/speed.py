@@ -12,7 +12,7 @@ from statistics import median
 import torch
 
 from leanseek.bench import controls
-from leanseek.bench.rows import Row, config_of, control_of
+from leanseek.bench.rows import Row, config_of, control_of, mtp_share
 from leanseek.config import Piece
 from leanseek.data.shards import open_data
 from leanseek.train.cpu import ready_cpu
@@ -38,12 +38,21 @@ def measure_speed(
 
 
 def speed_of(row: Row, folder: Path, dtype: str, steps: int = SPEED_STEPS) -> float:
-    """CPU-seconds per token of one short run in a process of its own, its first steps left out."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(_short_run, row, folder, dtype, steps).result()
+    """CPU-seconds per token of a row, from short runs in processes of their own, their first steps left out.
+
+    A recipe whose MTP modules are at rest for a part of the tokens is measured both ways, and weighted.
+    """
+    learning = 0.0 if row.control else mtp_share(config_of(row, row.tokens, None, 0))
+    shares = {mtp: share for mtp, share in ((False, 1 - learning), (True, learning)) if share}
+
+    def timed(mtp: bool) -> float:
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+            return pool.submit(_short_run, row, folder, dtype, steps, mtp).result()
+
+    return sum(share * timed(mtp) for mtp, share in shares.items())
 
 
-def _short_run(row: Row, folder: Path, dtype: str, steps: int) -> float:
+def _short_run(row: Row, folder: Path, dtype: str, steps: int, mtp: bool) -> float:
     ready_cpu()
     torch.set_num_threads(1)
     warm_up = min(SPEED_WARM_UP, steps - 1)
@@ -59,11 +68,11 @@ def _short_run(row: Row, folder: Path, dtype: str, steps: int) -> float:
             config = config_of(row, row.tokens, None, 0)
             # The batch that most of the tokens are trained with, and nothing but steps between the first and the last.
             full = max(piece.value for piece in config.schedule.batch_tokens)
-            batch = (Piece(until=1, value=full),)
+            pieces = {"batch_tokens": (Piece(until=1, value=full),), "mtp_weight": (Piece(until=1, value=0.1 * mtp),)}
             train = {"max_steps": steps, "eval_every": 10**9, "eval_tokens": 1, "checkpoint_every": 10**9}
             config = config.model_copy(
                 update={
-                    "schedule": config.schedule.model_copy(update={"batch_tokens": batch}),
+                    "schedule": config.schedule.model_copy(update=pieces),
                     "train": config.train.model_copy(update=train),
                 }
             )

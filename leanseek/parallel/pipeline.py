@@ -38,8 +38,8 @@ from leanseek.parallel.parts import local
 from leanseek.parallel.timetable import enough_batches, even_cuts, stages_of
 
 # The losses of a micro-batch, each summed over its tokens: of the main model and of each MTP depth, 1 + K scalars.
-# (model, final hidden states [b, T, D], ids, targets, positions, segments [b, T])
-LossSums = Callable[[Transformer, Tensor, Tensor, Tensor, Tensor, Tensor | None], list[Tensor]]
+# (model, final hidden states [b, T, D], ids, targets, positions, segments [b, T], whether MTP learns)
+LossSums = Callable[[Transformer, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], list[Tensor]]
 
 MANY_STAGES: dict[str, Any] = {  # a rank has several stages under these
     "Interleaved1F1B": ScheduleInterleaved1F1B,
@@ -82,6 +82,7 @@ class Stage(nn.Module):
         super().__init__()
         self.part = part
         self.losses = losses
+        self.mtp = True  # whether the MTP modules learn, or are at rest
 
     def forward(
         self,
@@ -109,8 +110,9 @@ class Stage(nn.Module):
         if self.part.lm_head is None:
             return F.pad(hidden, (0, 0, 0, 0, 0, missing)) if missing else hidden
         if self.training:
-            losses = self.losses(self.part, hidden, ids, targets, positions, segments)
-            return torch.cat([loss.view(1, 1) for loss in losses], dim=1)
+            losses = self.losses(self.part, hidden, ids, targets, positions, segments, self.mtp)
+            sums = torch.cat([loss.view(1, 1) for loss in losses], dim=1)
+            return F.pad(sums, (0, 0 if self.mtp else len(self.part.mtp)))
         valid = targets != IGNORE
         return token_losses(hidden[valid], self.part.lm_head.weight, targets[valid]).double().sum().view(1, 1)
 
@@ -213,8 +215,9 @@ class Pipeline:
         """Adds the gradients of Σ factor · loss sum to the parameters; returns the 1 + K sums in FP64, at every rank.
 
         ids, targets, positions, segments [B, T] of this data-parallel rank, the same at all ranks of the pipeline.
-        `factors` are of the main loss and of each depth. `micro_batches` of `micro_batch` rows are the same on all
-        data-parallel ranks; where rows are missing, or the schedule takes no fewer, the last ones are empty.
+        `factors` are of the main loss and of each depth; where these are 0 the MTP modules are at rest. `micro_batches`
+        of `micro_batch` rows are the same on all data-parallel ranks; where rows are missing, or the schedule takes no
+        fewer, the last ones are empty.
         """
         count = enough_batches(self.schedule, self.ranks, micro_batches)
         more = (0, 0, 0, count * micro_batch - ids.shape[0])
@@ -222,7 +225,11 @@ class Pipeline:
         filled = {name: F.pad(tensor, more) for name, tensor in of_rows.items() if tensor is not None}
         schedule = self._scheduled(count, micro_batch, ids.shape[1])
         self._train(True)
-        self._lend()
+        mtp = any(factors[1:])
+        for stage in self.stages.values():
+            stage.mtp = mtp
+        if mtp:
+            self._lend()
         sums = schedule.step(
             *([filled["ids"]] if 0 in self.stages else []),
             # The executor hands each micro-batch its part of `target` beside its output: here, the factors.
@@ -230,7 +237,8 @@ class Pipeline:
             rows=(ids.shape[0] - micro_batch * torch.arange(count)).clamp(0, micro_batch),
             **filled,
         )
-        self._give_back()
+        if mtp:
+            self._give_back()
         told = torch.zeros(len(factors), dtype=torch.float64, device=self.device)
         if self.count - 1 in self.stages:
             told += sums.double().sum(dim=0)

@@ -152,10 +152,13 @@ def up_projections(config: ModelConfig) -> int:
     return q_b + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True) -> float:
-    """Model FLOPs per token: training is forward and backward (twice the forward) with MTP, else forward without."""
+def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True, mtp: bool = True) -> float:
+    """Model FLOPs per token: training is forward and backward (twice the forward), else forward without MTP.
+
+    In training MTP may be at rest too, while its loss has no weight.
+    """
     if training:
-        return 3.0 * forward_flops_per_token(config, sequence_length)
+        return 3.0 * forward_flops_per_token(config, sequence_length, mtp)
     return forward_flops_per_token(config, sequence_length, mtp=False)
 
 

@@ -144,10 +144,10 @@ def reward(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> d
         loader = PairLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
         scorer = Scorer(model, tokenizer)
         length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
-        flops = [flops_per_token(model.config, length) - 6.0 * parameters(config.model).head] * len(config.stages)
+        flops = flops_per_token(model.config, length) - 6.0 * parameters(config.model).head
         what = f"{len(training):,} pairs, {len(held_out):,} held out"
         receipt = train_and_bill(
-            out, config, model, optimizers, loader, lambda _: _mean(right(scorer, held_out)), flops, what,
+            out, config, model, optimizers, loader, lambda _: _mean(right(scorer, held_out)), lambda *_: flops, what,
             step=reward_step, measure="accuracy",
         )  # fmt: skip
         counted: dict[str, float] = {"params_total": sum(p.numel() for p in model.parameters()), "params_mtp": 0}

@@ -26,6 +26,7 @@ from leanseek.parallel.mesh import divide, joined, lead, ranks_of, size_of, toge
 from leanseek.peft import write_adapter
 from leanseek.plan.count import adaptation, flops_per_token, parameters
 from leanseek.train.pretrain import share_of
+from leanseek.train.schedule import Knobs
 from leanseek.train.setup import build, build_adapted, resting, take_up, train_and_bill
 from leanseek.train.step import train_step
 from leanseek.train.teacher import Teacher, check_teacher, teacher_of
@@ -87,7 +88,10 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
         reads = sum(loader.samples(i) / len(loader.rows(i)) for i in range(len(config.stages)))
         moves = "moves" if any(piece.value for piece in config.schedule.bias_speed) else "stays"
         what = f"{len(training):,} chats read {reads:.1f} times, {len(held_out):,} held out, the routing bias {moves}"
-        flops = [_flops_per_token(config, training, teacher)] * len(config.stages)
+
+        def flops(stage: int, now: Knobs) -> float:
+            return _flops_per_token(config, training, teacher, now.mtp_weight > 0)
+
         step = partial(train_step, teacher=teacher)
         receipt = train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks, pipeline, step)
         if receipt["ended"] != "interrupted" and before is not None:
@@ -187,10 +191,10 @@ def _answers(chats: Chats, tokens: int, tokenizer: Tokenizer) -> Answers:
     return answers_of(map(chats.sample, range(min(enough, len(chats)))), tokenizer)
 
 
-def _flops_per_token(config: Config, chats: Chats, teacher: Teacher | None) -> float:
+def _flops_per_token(config: Config, chats: Chats, teacher: Teacher | None, mtp: bool) -> float:
     # A token sees its own chat only: on average half of a row as long as the chat that a random token is in.
     length = round(float(np.square(chats.lengths).sum() / chats.lengths.sum()))
-    own = flops_per_token(config.model, length)
+    own = flops_per_token(config.model, length, mtp=mtp)
     if config.lora is not None:
         own *= 2 / 3  # of the backward pass the half that is for the weights falls away
     return own + (teacher.flops_per_token(length) if teacher else 0.0)

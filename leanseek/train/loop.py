@@ -103,7 +103,7 @@ def train(
     optimizers: list[Optimizer],
     batches: Batches,
     evaluate: Callable[[int], float],
-    flops_per_token: list[float],
+    flops_per_token: Callable[[int, Knobs], float],
     log: Log,
     ranks: Ranks = ALONE,
     pipeline: Pipeline | None = None,
@@ -112,9 +112,9 @@ def train(
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
     `evaluate(stage)` is the validation bpb at a stage's length, or what else `log` says is measured; `flops_per_token`
-    is by stage too. `step` is what a batch does to the model. The same call on the same RUN goes on from the newest
-    whole checkpoint. All `ranks` call it and agree on everything but the batch: each reads its rows of it. Raises
-    BadInput when training does not recover from non-finite steps, OSError when a checkpoint cannot be written.
+    is of a stage and its knobs. `step` is what a batch does to the model. The same call on the same RUN goes on from
+    the newest whole checkpoint. All `ranks` call it and agree on everything but the batch: each reads its rows of it.
+    Raises BadInput when training does not recover from non-finite steps, OSError when a checkpoint cannot be written.
     """
     device = next(model.parameters()).device
     average = None if config.train.ema_decay is None else Average(model, config.train.ema_decay)
@@ -180,7 +180,7 @@ def train(
             window = (progress.stage, progress.sample, progress.sample + count)
             progress.sample += count
             tokens = count * length
-            flops = tokens * flops_per_token[progress.stage]
+            flops = tokens * flops_per_token(progress.stage, now)
             progress.flops += flops
             if not result.finite or result.spike:
                 bad.append(window)

@@ -20,6 +20,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.plan.count import flops_per_token
+from leanseek.train.schedule import Knobs
 from leanseek.train.setup import build, take_up, train_and_bill
 from leanseek.train.step import train_step
 from leanseek.train.teacher import check_teacher, teacher_of
@@ -83,11 +84,11 @@ def train_on(
         length = config.stages[stage].sequence_length
         return bits_per_byte(scorer, documents, length, tokenizer.bos_id, share=share_of(ranks)).bpb
 
-    flops = [flops_per_token(config.model, stage.sequence_length) for stage in config.stages]
-    if teacher is not None:
-        flops = [
-            own + teacher.flops_per_token(at.sequence_length) for own, at in zip(flops, config.stages, strict=True)
-        ]
+    def flops(stage: int, now: Knobs) -> float:
+        length = config.stages[stage].sequence_length
+        own = flops_per_token(config.model, length, mtp=now.mtp_weight > 0)
+        return own + (teacher.flops_per_token(length) if teacher is not None else 0.0)
+
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"
     step = partial(train_step, teacher=teacher)

@@ -27,6 +27,7 @@ from leanseek.train.optim import build_optimizers, watch_logits
 from leanseek.train.peak import faster_dtype, matmul_peak
 from leanseek.train.precision import in_fp8
 from leanseek.train.receipt import write_receipt
+from leanseek.train.schedule import Knobs
 from leanseek.train.step import losses_of, train_step
 from leanseek.weightfiles import open_folder
 
@@ -163,7 +164,7 @@ def train_and_bill(
     optimizers: list[Optimizer],
     batches: Batches,
     evaluate: Callable[[int], float],
-    flops_per_token: list[float],
+    flops_per_token: Callable[[int, Knobs], float],
     what: str,
     ranks: Ranks = ALONE,
     pipeline: Pipeline | None = None,

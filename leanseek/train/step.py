@@ -36,7 +36,7 @@ from leanseek.train.teacher import Teacher
 @dataclass(frozen=True)
 class StepResult:
     loss: float  # nats per token of the main model
-    mtp_loss: float  # nats per token, mean over the depths
+    mtp_loss: float  # nats per token, mean over the depths; 0 while they are at rest
     balance_loss: float
     grad_norm: float  # before clipping
     max_violation: float  # of the least balanced layer
@@ -103,9 +103,10 @@ def gradients(
 ) -> list[float]:
     """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks.
 
-    With a teacher, the last of the losses is the main model's divergence from it.
+    With a teacher, the last of the losses is the main model's divergence from it. While their loss has no weight the
+    MTP modules are at rest: they compute nothing and have no loss.
     """
-    depths, micro_batch = len(model.mtp), config.train.micro_batch
+    depths, micro_batch = len(model.mtp) if knobs.mtp_weight else 0, config.train.micro_batch
     counts, context = valid_targets(rows.targets, rows.segments, depths, ranks), context_of(rows.ids.shape[1], ranks)
     micro_batches = micro_batches_of(rows.ids, config, ranks)
     balance_sequences(model, rows.ids, config, ranks)
@@ -115,7 +116,8 @@ def gradients(
     sums = torch.zeros(len(counts), dtype=torch.float64, device=rows.ids.device)
     for number in range(micro_batches):
         before_micro_batch(model, number == micro_batches - 1, config)
-        losses = loss_sums(model, *rows.part(slice(number * micro_batch, (number + 1) * micro_batch)), context, teacher)
+        part = rows.part(slice(number * micro_batch, (number + 1) * micro_batch))
+        losses = loss_sums(model, *part, context, teacher, mtp=depths > 0)
         sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, counts, strict=True)]
         own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
@@ -238,8 +240,9 @@ def loss_sums(
     segments: Tensor | None = None,
     context: Context | None = None,
     teacher: Teacher | None = None,
+    mtp: bool = True,
 ) -> list[Tensor]:
-    """Cross-entropy summed over the valid targets, of the main model and of each MTP depth; all tensors [b, T].
+    """Cross-entropy summed over the valid targets, of the main model and, if asked, each MTP depth; all tensors [b, T].
 
     With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
     see each other. With a teacher, last, the main model's divergence from it at the same places.
@@ -248,7 +251,7 @@ def loss_sums(
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if context is None:
         hidden = model(ids, positions, segments)
-        losses = losses_of(model, hidden, ids, targets, positions, segments)
+        losses = losses_of(model, hidden, ids, targets, positions, segments, mtp)
         if teacher is not None:
             assert model.lm_head is not None
             asked = targets != IGNORE
@@ -257,18 +260,25 @@ def loss_sums(
         return losses
     if segments is not None:
         raise BadInput("mesh.cp: rows of samples that may not see each other are not cut: take mesh.cp=1")
-    depths = range(len(model.mtp) + 1)
+    depths = range(len(model.mtp) + 1 if mtp else 1)
     wanted, where = [context.take(targets_of_depth(targets, None, k)) for k in depths], context.take(positions)
     hidden = model(context.take(ids), where, cache=[context] * model.config.num_hidden_layers)
-    further = model.predict_further(hidden, [context.take(ids[:, k:]) for k in depths[1:]], where, cache=context)
+    following = [context.take(ids[:, k:]) for k in depths[1:]]
+    further = model.predict_further(hidden, following, where, cache=context) if mtp else []
     return _cross_entropies(model, [hidden, *further], wanted, segments)
 
 
 def losses_of(
-    model: Transformer, hidden: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor | None
+    model: Transformer,
+    hidden: Tensor,
+    ids: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    segments: Tensor | None,
+    mtp: bool = True,
 ) -> list[Tensor]:
     """The same from the final hidden states [b, T, D]."""
-    states = [hidden, *model.predict_further(hidden, ids, positions, segments)]
+    states = [hidden, *(model.predict_further(hidden, ids, positions, segments) if mtp else ())]
     wanted = [targets_of_depth(targets, segments, k) for k in range(len(states))]
     return _cross_entropies(model, states, wanted, segments)
 
