@@ -151,6 +151,8 @@ class TrainConfig(Section):
     kernel_table: str | None = None  # what `bench kernels` stored here: FP8 only for shapes where it was faster
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
     init_std: float = Field(0.006, gt=0)  # report §4.2
+    embedding_std: float | None = Field(None, gt=0)  # of the token embedding; None: init_std, as V3
+    zero_outputs: bool = False  # what writes into the residual stream, and the head, begin at zero: not V3
     balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17
     bias_centred: bool = False  # take the mean out of each bias update, so that the biases cannot drift together
     max_steps: int | None = Field(None, gt=0)
@@ -188,6 +190,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     moments: Literal["fp32", "bf16"] = "fp32"  # how they rest between steps
     weight_decay: float = Field(0.1, ge=0)
+    embedding_rate: float = Field(1.0, gt=0)  # × the learning rate for the token embedding, which then does not decay
     clip: float = Field(1.0, gt=0)
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     muon_steps: int = Field(5, gt=0)

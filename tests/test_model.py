@@ -681,6 +681,17 @@ def test_initialise_fills_an_emptied_model() -> None:
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
 
 
+def test_outputs_may_begin_at_zero_and_the_embedding_wide() -> None:
+    model = Transformer(with_mtp(1))
+    model.initialise(0.006, torch.Generator().manual_seed(5), embedding_std=1.0, zero_outputs=True)
+    zero = {name for name, parameter in model.named_parameters() if not parameter.any()}
+    writes = {name for name, _ in model.named_parameters() if "o_proj" in name or "down_proj" in name}
+    assert zero == writes | {"lm_head.weight"}
+    assert model.embed_tokens.weight.std().item() == pytest.approx(1.0, rel=0.1)
+    ids, positions = torch.randint(0, 64, (2, 9)), torch.arange(9).expand(2, -1)
+    assert torch.equal(model(ids, positions), model.norm(model.embed_tokens(ids)))  # no block says anything yet
+
+
 @pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns of its own doings
 def test_a_block_can_be_compiled() -> None:
     config = tiny(n_group=4, topk_group=2)

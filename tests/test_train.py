@@ -200,6 +200,24 @@ def test_muon_takes_no_embedding_head_or_norm() -> None:
     assert {n for n, p in model.named_parameters() if id(p) not in taken} == apart
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_embedding_may_learn_at_a_rate_of_its_own(name: str) -> None:
+    """A first step of AdamW is the rate along the gradient's sign; nothing of the embedding decays then."""
+    model = model_of(tiny())
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    optimizers = build_optimizers(model, OptimizerConfig(name=name, embedding_rate=20.0, weight_decay=0.5))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    set_learning_rate(optimizers, 1e-3)
+    for optimizer in optimizers:
+        optimizer.step()
+    after = dict(model.named_parameters())
+    wide = before["embed_tokens.weight"] - 20 * 1e-3
+    torch.testing.assert_close(after["embed_tokens.weight"].detach(), wide, rtol=0, atol=1e-6)
+    decayed = before["lm_head.weight"] * (1 - 1e-3 * 0.5) - 1e-3
+    torch.testing.assert_close(after["lm_head.weight"].detach(), decayed, rtol=0, atol=1e-6)
+
+
 def test_views_of_a_stack_write_through() -> None:
     p = torch.zeros(2, 6, 4)
     as_matrices(p, 2)[3].fill_(1.0)

@@ -5,6 +5,7 @@ and no environment. Layers are kept by global index and embedding, norm and head
 cut it.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,6 +20,8 @@ from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import rotary
 from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.precision import Plain
+
+OUTPUTS = re.compile(r"(^lm_head|\.o_proj|\.down_proj)(\.weight)?$")
 
 
 class Transformer(nn.Module):
@@ -108,24 +111,42 @@ class Transformer(nn.Module):
         """Every router by name, those of the MTP modules included."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Router)}
 
-    def beginning(self, std: float, generator: torch.Generator | None) -> Iterator[tuple[str, Tensor]]:
+    def beginning(
+        self,
+        std: float,
+        generator: torch.Generator | None,
+        embedding_std: float | None = None,
+        zero_outputs: bool = False,
+    ) -> Iterator[tuple[str, Tensor]]:
         """What each parameter begins with, by name, one at a time: matrices from N(0, std²) (report §4.2), norms one.
 
-        The model itself may have no memory (device "meta"). Without a generator matrices hold anything.
+        The token embedding may have a deviation of its own; with `zero_outputs` what writes into the residual stream,
+        and the head, begin at zero. The model itself may have no memory (device "meta"). Without a generator matrices
+        hold anything.
         """
         for name, module in self.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
                 value = torch.empty(parameter.shape, dtype=parameter.dtype)
+                whole = f"{name}.{own}"
                 if isinstance(module, RMSNorm):
                     value.fill_(1.0)
+                elif zero_outputs and OUTPUTS.search(whole):
+                    value.zero_()
                 elif generator is not None:
-                    value.normal_(0.0, std, generator=generator)
-                yield f"{name}.{own}", value
+                    own_std = embedding_std if module is self.embed_tokens else None
+                    value.normal_(0.0, std if own_std is None else own_std, generator=generator)
+                yield whole, value
 
     @torch.no_grad()
-    def initialise(self, std: float, generator: torch.Generator) -> None:
+    def initialise(
+        self,
+        std: float,
+        generator: torch.Generator,
+        embedding_std: float | None = None,
+        zero_outputs: bool = False,
+    ) -> None:
         """Gives parameters what they begin with, and biases and counters zero; emptied models too."""
-        for name, value in self.beginning(std, generator):
+        for name, value in self.beginning(std, generator, embedding_std, zero_outputs):
             self.get_parameter(name).copy_(value)
         for buffer in self.buffers():
             buffer.zero_()

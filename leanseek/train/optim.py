@@ -31,10 +31,13 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
     stacked: list[nn.Parameter] = []
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
+    embedding: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if config.name == "muon" and is_matrix(name, parameter):
+        if config.embedding_rate != 1 and name == "embed_tokens.weight":
+            embedding.append(parameter)
+        elif config.name == "muon" and is_matrix(name, parameter):
             (stacked if name.endswith("gate_up_proj") else single).append(parameter)
         else:
             (decayed if parameter.dim() >= 2 else plain).append(parameter)
@@ -42,6 +45,8 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
         {"params": decayed, "weight_decay": config.weight_decay},
         {"params": plain, "weight_decay": 0.0},
     ]
+    if config.embedding_rate != 1:  # an empty group on a stage without it: all stages have the same
+        groups.append({"params": embedding, "weight_decay": 0.0, "rate": config.embedding_rate})
     betas, moments = (config.beta1, config.beta2), torch.bfloat16 if config.moments == "bf16" else None
     adamw: Optimizer
     if moments is None:
@@ -65,7 +70,7 @@ def is_matrix(name: str, parameter: nn.Parameter) -> bool:
 def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("rate", 1.0)
 
 
 class NarrowAdamW(Optimizer):

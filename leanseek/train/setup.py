@@ -83,16 +83,17 @@ def build(
     hold anything, and are to be loaded. Of many ranks none ever has the whole model: it draws all weights, one tensor
     after the other, and keeps its part of each.
     """
-    dtype, std, seed = DTYPES[config.train.dtype], config.train.init_std, config.train.seed
-    generator = torch.Generator().manual_seed(seed) if drawn else None
+    dtype, asked = DTYPES[config.train.dtype], config.train
+    generator = torch.Generator().manual_seed(asked.seed) if drawn else None
     if ranks.world == 1:
         model = Transformer(config.model, dtype)
         if generator is not None:
-            model.initialise(std, generator)
+            model.initialise(asked.init_std, generator, asked.embedding_std, asked.zero_outputs)
         return ready(config, model, ranks)
     with torch.device("meta"):
         model, whole = Transformer(config.model, dtype), Transformer(config.model, dtype)
-    return ready(config, model, ranks, whole.beginning(std, generator))
+    weights = whole.beginning(asked.init_std, generator, asked.embedding_std, asked.zero_outputs)
+    return ready(config, model, ranks, weights)
 
 
 def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimizer], None]:
