@@ -611,6 +611,49 @@ def test_quick_measures_the_cost_of_the_same_quality(place: Place, monkeypatch: 
     assert found["n"] == quick.QUICK_SEEDS
 
 
+def test_mtp_at_rest_costs_nothing() -> None:
+    """A recipe's FLOPs per token and its time are those of both ways, weighted by the tokens."""
+    late = Row(
+        "late",
+        "",
+        1_000_000,
+        recipe="nano",
+        overrides=("schedule.mtp_weight=[{until=0.75,value=0},{until=1,value=0.3}]",),
+    )
+    never, always = (
+        shape(replace(late, overrides=(f"schedule.mtp_weight=[{{until=1,value={weight}}}]",)))[1] for weight in (0, 0.3)
+    )
+    bare = shape(replace(late, overrides=("model.num_nextn_predict_layers=0",)))[1]
+    assert never == bare < always
+    assert shape(late)[1] == pytest.approx(0.75 * never + 0.25 * always)
+
+
+def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Here:
+        """Instead of a process: a run takes a second, and nine with MTP."""
+
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def __enter__(self) -> "Here":
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def submit(self, *asked: object) -> "Here":
+            self.mtp = asked[-1]
+            return self
+
+        def result(self) -> float:
+            return 9.0 if self.mtp else 1.0
+
+    monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
+    late = replace(
+        TINY_ROW, overrides=(*TINY_ROW.overrides, "schedule.mtp_weight=[{until=0.75,value=0},{until=1,value=0.3}]")
+    )
+    assert speed.speed_of(late, data.folder, "fp32") == pytest.approx(0.75 * 1 + 0.25 * 9)
+    assert speed.speed_of(BEST_ROW, data.folder, "fp32") == 1.0
+
+
 def test_speed_is_measured_in_turn_in_processes_of_their_own(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     turns: list[str] = []
     monkeypatch.setattr(speed, "speed_of", lambda row, *_: turns.append(row.name) or 1.0)
