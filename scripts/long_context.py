@@ -30,18 +30,18 @@ ASKED = (BEFORE, *AFTER)  # tokens of the haystacks
 FAR = f"positions-{AFTER[-1]}-long"  # the name of what is kept of bits per byte by position
 HELD_OUT = 9  # a seed of no training text
 STAGES = (
-    *("train.dtype=bf16", "train.tokens=1_000_000", "stages.0.share=0.25", "stages.1.share=0.75"),
+    *("train.tokens=1_700_000", "stages.0.share=0.15", "stages.1.share=0.85"),
     *("train.checkpoint_every=50", "train.eval_every=100", "train.eval_tokens=15_000"),
     "stages.0.mixture={needles-3800=0.6,storyworld=0.4}",
-    "stages.1.mixture={needles-3800=0.05,needles-11000-15000=0.8,storyworld=0.15}",
+    "stages.1.mixture={needles-3800=0.05,needles-12000-15500=0.8,storyworld=0.15}",
 )
 # Eight times V3's share of the peak, then down: these stages have some hundred steps, V3's a thousand each.
 RATE = '{until=0.02,value=3e-3,shape="linear"},{until=0.6,value=3e-3},{until=1,value=1e-4,shape="linear"}'
 WAYS = {  # run: its name in the table, and what is asked of `extend`
     "base": ("before", ()),
     "untrained": ("YaRN, no training", ("schedule.learning_rate=[{until=1,value=0}]", "train.max_steps=1")),
-    "plain": ("trained, no YaRN", (f"schedule.learning_rate=[{RATE}]", "model.rope_scaling.factor=1")),
     "yarn": ("trained with YaRN", (f"schedule.learning_rate=[{RATE}]",)),
+    "plain": ("trained, no YaRN", (f"schedule.learning_rate=[{RATE}]", "model.rope_scaling.factor=1")),
 }
 
 
@@ -74,7 +74,7 @@ def train(out: Path) -> None:
         prepare(made, data, 2048, validation=[str(held_out)])
     pretrain(read_recipe(str(Path(__file__).with_suffix(".toml"))), data, out / "base")
     if not long_data.exists():
-        made = ["needles-3800:1MB", "needles-11000-15000:5MB", "storyworld:2MB"]
+        made = ["needles-3800:1MB", "needles-12000-15500:5MB", "storyworld:2MB"]
         prepare(made, long_data, tokenizer=out / "base" / "tokenizer", validation=[str(held_out)])
     for run, (_, further) in WAYS.items():
         if further:
