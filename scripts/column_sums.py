@@ -1,6 +1,6 @@
 """Sums of two numbers, worked out column by column from the right: text, demonstrations and task rows.
 
-    python -m scripts.column_sums FOLDER
+    python -m scripts.column_sums FOLDER [DEMONSTRATIONS]
 
 text.jsonl: the pieces of the skill apart from each other, small sums and numbers read backwards. chats.jsonl: a few
 demonstrations of the whole. train.jsonl: many more questions, with nothing but their answers. dev.jsonl and test.jsonl:
@@ -16,7 +16,7 @@ from typing import Any
 
 SEED = 20
 NUMBERS = range(10, 100)
-DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 6000, 850, 400
+DOCUMENTS, DEMONSTRATIONS, HELD_OUT = 6000, 400, 400
 
 
 def columns(a: int, b: int) -> str:
@@ -45,7 +45,7 @@ def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, demonstrations: int = DEMONSTRATIONS) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dice = random.Random(SEED)
     pairs = [(a, b) for a in NUMBERS for b in NUMBERS]
@@ -53,11 +53,11 @@ def main(folder: Path) -> None:
     tasks = [{"prompt": f"{a}+{b}", "verify": "exact", "answer": str(a + b)} for a, b in pairs]
     write(folder / "dev.jsonl", tasks[:HELD_OUT])
     write(folder / "test.jsonl", tasks[HELD_OUT : 2 * HELD_OUT])
-    shown, left = pairs[2 * HELD_OUT :][:DEMONSTRATIONS], tasks[2 * HELD_OUT + DEMONSTRATIONS :]
+    shown, left = pairs[2 * HELD_OUT :][:demonstrations], tasks[2 * HELD_OUT + demonstrations :]
     write(folder / "chats.jsonl", (demonstration(a, b) for a, b in shown))
     write(folder / "train.jsonl", left)
     write(folder / "text.jsonl", ({"text": document(dice)} for _ in range(DOCUMENTS)))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), *map(int, sys.argv[2:]))

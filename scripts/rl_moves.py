@@ -1,6 +1,7 @@
 """Does RL move a real number? Sums, worked out column by column: SFT until its dev score stands still, then GRPO.
 
-    python -m scripts.rl_moves FOLDER [--seeds 3] [--plot FILE.png]
+    python -m scripts.rl_moves FOLDER [--demonstrations 400] [--tokens 1_800_000] [--steps 1200] [--seeds 3]
+        [--controls 3] [--plot PNG]
 
 One base model, and SFT on a few demonstrations. Its best checkpoint on the dev questions
 goes on, for each seed: by GRPO on questions that have nothing but their answers and, as the control, by more SFT for as
@@ -31,6 +32,7 @@ from leanseek.post.rollout import EngineRollouts, Questions
 from leanseek.post.sft import sft
 from leanseek.serve.llm import load_model
 from leanseek.train.pretrain import pretrain
+from scripts.column_sums import DEMONSTRATIONS
 from scripts.column_sums import main as write_tasks
 
 RECIPE = Path(__file__).with_name("column_sums.toml")
@@ -39,11 +41,10 @@ HERE = ("train.device=cpu", "train.dtype=fp32")
 OF_SFT = (
     *HERE, "train.keep_checkpoints=1000", "train.eval_every=100000", "schedule.batch_tokens=[{until=1,value=2048}]",
 )  # fmt: skip
-TOKENS = 600_000  # of SFT: more change nothing
 # Many small steps: see docs/log.md.
 RATE = "{until=0.05,value=4e-5,shape='linear'},{until=0.5,value=4e-5},{until=1,value=4e-6,shape='linear'}"
 OF_GRPO = (
-    *HERE, f"grpo.max_tokens={LONGEST}", "grpo.steps=300", "grpo.prompts=64", "grpo.group=8", "grpo.kl_weight=0",
+    *HERE, f"grpo.max_tokens={LONGEST}", "grpo.prompts=64", "grpo.group=8", "grpo.kl_weight=0",
     "optimizer.beta2=0.99", "train.checkpoint_every=50", "train.eval_every=25", f"schedule.learning_rate=[{RATE}]",
 )  # fmt: skip
 
@@ -85,27 +86,30 @@ def begin_at(run: Path, best: Path, out: Path) -> None:
         shutil.copytree(best, out / "checkpoints" / best.name)
 
 
-def taught(folder: Path) -> tuple[Path, Curve, float]:
+def taught(folder: Path, tokens: int) -> tuple[Path, Curve, float]:
     """SFT of the base model: the run as it was at its best checkpoint, its dev scores, its CPU-seconds per token."""
-    asked = (*OF_SFT, "train.checkpoint_every=20", f"train.tokens={TOKENS}")
+    asked = (*OF_SFT, "train.checkpoint_every=20", f"train.tokens={tokens}")
     receipt = sft(folder / "base", folder / "task" / "chats.jsonl", folder / "sft", asked)
     scores, best = curve(folder / "sft", folder / "task" / "dev.jsonl")
     begin_at(folder / "sft", best, folder / "best")
     return folder / "best", scores, receipt["cpu_seconds"] / receipt["tokens"]
 
 
-def rewarded(folder: Path, begun: Path, seed: int) -> tuple[Path, float]:
+def rewarded(folder: Path, begun: Path, seed: int, steps: int) -> tuple[Path, float]:
     """A run of GRPO, and the CPU-seconds it took, its dev questions included."""
     out, task = folder / f"grpo-{seed}", folder / "task"
-    receipt = grpo(begun, task / "train.jsonl", out, (*OF_GRPO, f"train.seed={seed}"), task / "dev.jsonl")
+    receipt = grpo(
+        begun, task / "train.jsonl", out, (*OF_GRPO, f"grpo.steps={steps}", f"train.seed={seed}"), task / "dev.jsonl"
+    )
     return out, receipt["cpu_seconds"]
 
 
-def one_seed(folder: Path, begun: Path, cost: float, seed: int, controlled: bool) -> dict[str, Any]:
-    """GRPO and, as the control, more SFT for as many CPU-seconds, from the same checkpoint."""
+def one_seed(
+    folder: Path, begun: Path, cost: float, seed: int, run: Path, spent: float, controlled: bool
+) -> dict[str, Any]:
+    """A run of GRPO and, as the control, more SFT for as many CPU-seconds, from the same checkpoint."""
     task = folder / "task"
     dev, test = task / "dev.jsonl", task / "test.jsonl"
-    run, spent = rewarded(folder, begun, seed)
     steps, held_out = read(run)
     at = {row["step"]: row["cpu_seconds"] for row in steps} | {0: 0.0}
     named: dict[str, tuple[Path, Path | None]] = {"sft": (begun, None), "grpo": (run, None)}
@@ -168,20 +172,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--demonstrations", type=int, default=DEMONSTRATIONS)
+    parser.add_argument("--tokens", type=int, default=1_800_000, help="of SFT")
+    parser.add_argument("--steps", type=int, default=1200, help="of GRPO")
     parser.add_argument("--controls", type=int, help="for so many of the seeds only")
     parser.add_argument("--plot", type=Path)
     asked = parser.parse_args()
     folder: Path = asked.folder
     if not (folder / "data").exists():
-        write_tasks(folder / "task")
+        write_tasks(folder / "task", asked.demonstrations)
         prepare([str(folder / "task" / "text.jsonl")], folder / "data", vocab_size=276, workers=1)
     pretrain(read_recipe(str(RECIPE), HERE), folder / "data", folder / "base")
-    begun, before, cost = taught(folder)
+    begun, before, cost = taught(folder, asked.tokens)
     results = []
-    for seed in range(asked.seeds):
-        rewarded(folder, begun, seed)
-    for seed in range(asked.seeds):
-        results.append(one_seed(folder, begun, cost, seed, asked.controls is None or seed < asked.controls))
+    runs = [rewarded(folder, begun, seed, asked.steps) for seed in range(asked.seeds)]
+    for seed, (run, spent) in enumerate(runs):
+        controlled = asked.controls is None or seed < asked.controls
+        results.append(one_seed(folder, begun, cost, seed, run, spent, controlled))
         (folder / "results.json").write_text(json.dumps({"sft": before, "seeds": results}, indent=1))
     for kind in ("dev", "dev, drawn", "test", "test, drawn"):
         for result in results:
