@@ -338,8 +338,8 @@ def poison(monkeypatch: pytest.MonkeyPatch, data: Path) -> Callable[..., None]:
         bad: set[bytes] = set()
         loss_sums = step.loss_sums
 
-        def poisoned(model: Any, ids: torch.Tensor, *others: torch.Tensor | None) -> list[torch.Tensor]:
-            losses = loss_sums(model, ids, *others)
+        def poisoned(model: Any, ids: torch.Tensor, *others: Any, **further: Any) -> list[torch.Tensor]:
+            losses = loss_sums(model, ids, *others, **further)
             return [loss * by for loss in losses] if ids[0].numpy().tobytes() in bad else losses
 
         opened, config = open_data(data), config_of()

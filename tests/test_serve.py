@@ -271,7 +271,7 @@ def test_packed_matrices_multiply_in_bf16(rows: int, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(runner_module, "SMALL", 0)
     model = Transformer(tiny(max_position_embeddings=64), torch.bfloat16)
     fill(model)
-    assert Runner(model).head.packed
+    assert Runner(model).head.packed == runner_module.packs_bf16()
     ours, _ = both_ways(model, rows)
     model.dtype = torch.float32
     _, exact = both_ways(model, rows)

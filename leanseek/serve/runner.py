@@ -369,6 +369,11 @@ def turn(x: Tensor, turns: Tensor) -> None:
         x.copy_((x.float().view(torch.complex64) * turns).view(torch.float32))
 
 
+def packs_bf16() -> bool:
+    """Whether oneDNN has BF16 code for this CPU: it wants AVX-512 at least."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def between(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What activations are in between the matrices: FP32 on a CPU, where BF16 only adds casts."""
     return torch.float32 if device.type == "cpu" and dtype == torch.bfloat16 else dtype
@@ -376,7 +381,8 @@ def between(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 
 def resting(elements: int, device: torch.device, dtype: torch.dtype) -> torch.dtype:
     """What a matrix of this size rests in."""
-    return between(device, dtype) if elements <= SMALL else dtype
+    narrow = elements > SMALL and (device.type != "cpu" or dtype != torch.bfloat16 or packs_bf16())
+    return dtype if narrow else between(device, dtype)
 
 
 def _softmax(scores: Tensor) -> Tensor:
