@@ -67,8 +67,8 @@ def theirs(made: Release, folder: Path) -> Any:
 
 
 @torch.no_grad()
-def logits_of(model: Transformer) -> Tensor:
-    ids, positions = sample(model.config)
+def logits_of(model: Transformer, tokens: int = 24) -> Tensor:
+    ids, positions = sample(model.config, tokens=tokens)
     model.dtype = torch.float32  # an imported BF16 or FP8 model computes in BF16 otherwise
     assert model.lm_head is not None
     return model.eval().lm_head(model(ids, positions))
@@ -127,11 +127,12 @@ def test_an_imported_model_computes_what_transformers_computes(
 ) -> None:
     oracle = theirs(releases[name], tmp_path / "plain")
     ours = load_model(runs[name])
-    ids, positions = sample(ours.config)
+    # Of 24 tokens one of Moonlight's has two experts as good as each other, to the last digit.
+    ids, positions = sample(ours.config, tokens=20)
     with torch.no_grad():
         expected = oracle(input_ids=ids, position_ids=positions, use_cache=False).logits
     assert expected.std() > 0.5
-    assert distance(logits_of(ours), expected) < 1e-4
+    assert distance(logits_of(ours, 20), expected) < 1e-4
 
 
 def test_the_mtp_module_arrives_where_it_belongs(releases: dict[str, Release], runs: dict[str, Path]) -> None:
