@@ -599,7 +599,8 @@ def in_bf16(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 def test_thirty_steps_of_a_toy_follow_bf16(data: Path, in_bf16: list[float], tmp_path: Path) -> None:
     ours = trained(tmp_path / "run", data, 30, "train.dtype=fp8")
     assert ours[-1] < ours[0] - 0.5
-    assert gap(ours, in_bf16, 10) < 0.003  # 0.0027 where BF16 is emulated
+    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # then BF16's own rounding differs
+    assert gap(ours, in_bf16, 10) < (0.003 if emulated else 0.0025)
 
 
 @pytest.mark.parametrize("fault", FAULTS)
