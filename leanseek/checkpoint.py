@@ -365,6 +365,24 @@ def _write(run: Path, content: _Content, keep: int, ranks: Ranks) -> None:
         raise
 
 
+def save_weights(folder: Path, model: nn.Module, ranks: Ranks = ALONE) -> None:
+    """Write weights alone, for `load_model_weights`; the folder has its name only when it is whole. Raises OSError."""
+    writing = folder.with_name(f".writing-{folder.name}")
+
+    def begin() -> None:
+        _remove(writing)
+        _make_folder(writing)
+
+    def finish() -> None:
+        _remove(folder)
+        writing.rename(folder)
+
+    lead(begin, ranks.files)
+    _write_tensors(writing, gathered(model.state_dict(), parts(model, ranks), ranks), ranks)
+    everyones(None, ranks.files)  # all have written
+    lead(finish, ranks.files)
+
+
 def newest(run: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose every byte is as written, None when there is none at all.
 

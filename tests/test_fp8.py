@@ -584,6 +584,12 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+# Thirty steps bring the toy's loss from 5.9 to 1.4, so the slightest lag shows: four seeds on one CPU lie 0.1 to 0.4%
+# from BF16, one seed on three CPUs 0.2 to 0.4%. Faults lie 45% and more away. The report's 0.25% is asked of a longer
+# run, beside what chance alone does there: `test_fp8_lies_as_near_to_bf16_as_the_report_says`.
+TOY = 0.01
+
+
 def trained(run: Path, data: Path, steps: int, *overrides: str) -> list[float]:
     """The losses of a run of so many steps."""
     pretrain(read_recipe(str(RECIPE), (*WIDE, f"train.tokens={256 * steps}", *overrides)), data, run)
@@ -599,15 +605,15 @@ def in_bf16(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]
 def test_thirty_steps_of_a_toy_follow_bf16(data: Path, in_bf16: list[float], tmp_path: Path) -> None:
     ours = trained(tmp_path / "run", data, 30, "train.dtype=fp8")
     assert ours[-1] < ours[0] - 0.5
-    emulated = not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # then BF16's own rounding differs
-    assert gap(ours, in_bf16, 10) < (0.003 if emulated else 0.0025)
+    assert ours[0] == pytest.approx(in_bf16[0], rel=0.0025)  # the same weights: nothing has added up yet
+    assert gap(ours, in_bf16, 10) < TOY
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_thirty_steps_with_a_planted_fault_do_not(fault: str, data: Path, in_bf16: list[float], tmp_path: Path) -> None:
     with instead(*FAULTS[fault]):
         faulty = trained(tmp_path / "run", data, 30, "train.dtype=fp8")
-    assert len(faulty) < 30 or gap(faulty, in_bf16, 10) > 0.003  # some never take a finite step
+    assert len(faulty) < 30 or gap(faulty, in_bf16, 10) > 10 * TOY  # some never take a finite step
 
 
 def test_a_stopped_run_goes_on_bit_identically(data: Path, tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_a_preference_is_learnt_and_stopping_changes_nothing(
     file = write(tmp_path / "pairs.jsonl", fox_pairs(400))
     quick = ("schedule.batch_tokens=[{until=1,value=384}]", "optimizer.name=adamw", "train.eval_every=1000")
     quick = (*quick, "schedule.learning_rate=[{until=1,value=3e-3}]", "stages.0.sequence_length=48")
+    quick = (*quick, "train.dtype=fp32")  # what is faster is measured: two runs may find otherwise
     asked = (*quick, "train.tokens=40000")
     receipt = reward(run, file, tmp_path / "out", asked)
     assert receipt["ended"] == "complete"

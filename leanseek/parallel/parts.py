@@ -5,7 +5,7 @@ of a tensor are on the ranks of one `shard` group: copies of the experts × ep f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -110,6 +110,28 @@ def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks, cop
                     dist.recv(rows, members[member])
             whole[name] = assembled
     return whole
+
+
+def everywhere(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """Whole tensors on every rank, where they are, by name and one after the other.
+
+    Those that nobody shares are the tensors themselves. All ranks of a `shard` group take them, in the same order.
+    """
+    group = ranks.group("shard")
+    parts_of = ranks.told(own, "shard")
+    for name, tensor in tensors.items():
+        mine = local(tensor).detach()
+        if group is None or own[name].whole:
+            yield name, mine
+            continue
+        assembled = mine.new_empty(own[name].shape)
+        for member, part in enumerate(theirs[name] for theirs in parts_of):
+            rows = assembled[part.first : part.first + part.rows]
+            if member == dist.get_rank(group):
+                rows.copy_(mine)
+            if part.rows:
+                dist.broadcast(rows, dist.get_global_rank(group, member), group=group)
+        yield name, assembled
 
 
 def on_one_rank_each(

@@ -3,14 +3,16 @@
 A step draws a group of answers to each of some questions, from the weights at hand; how far an answer's reward lies
 from its group's mean is how much likelier it is to become. There is no critic. The run begins with another's weights,
 and these are the reference that the KL term holds it near to.
+
+On several ranks each draws the answers to its share of the questions, by an engine of its own, and rewards them; then
+all are told all answers, and share the reading of them anew, by length. One process does the same.
 """
 
-import copy
 import shutil
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -18,7 +20,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek import checkpoint
@@ -39,13 +41,15 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.tasks import read_task
 from leanseek.eval.verify import Verifier
 from leanseek.model.transformer import Transformer
-from leanseek.parallel.mesh import refuse_many
+from leanseek.parallel.apply import forget_gathered
+from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
+from leanseek.parallel.parts import everywhere, parts
 from leanseek.plan.count import flops_per_token, parameters
 from leanseek.post.objective import all_equal
-from leanseek.post.rewards import Correct, Reward, asked_for, earned
+from leanseek.post.rewards import Correct, Earned, Reward, asked_for, earned
 from leanseek.post.rl_log import RLLog, cut_samples, plot
 from leanseek.post.rl_step import Learnt, learn
-from leanseek.post.rollout import Answer, EngineRollouts, Interrupted, Questions, Rollouts
+from leanseek.post.rollout import Answer, EngineRollouts, Interrupted, Question, Questions, Rollouts
 from leanseek.post.sft import LARGE, check_overrides, tokenizer_of
 from leanseek.post.vllm import VLLMRollouts
 from leanseek.train.loop import Clock, Ending, Progress, stop_signals
@@ -73,51 +77,58 @@ def grpo(
     """Trains OUT on a file of questions, from RUN's weights or from where OUT stopped; returns its receipt.
 
     dev: questions that are answered greedily every `train.eval_every` steps and never learnt from. rewards: beside
-    those that the configuration asks for. Raises BadInput, OSError.
+    those that the configuration asks for. Raises BadInput, OSError. Under torchrun every process calls it.
     """
-    refuse_many("grpo")
     if out.resolve() == run.resolve():
         raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
     begun_with = checkpoint.read_run(run)
     config = parse(to_toml(tuned(begun_with)), f"grpo of {run}", list(overrides))
     _check(config, begun_with, run)
     tokenizer, chat = tokenizer_of(run, config), checkpoint.chats(run)
-    if checkpoint.newest(run, _warn) is None:
-        raise BadInput(f"{run}: there is no checkpoint in it yet: train it first")
-    questions = _questions(file, config, tokenizer, chat)
-    held_out = None if dev is None else _questions(dev, config, tokenizer, chat)
-    with Verifier() as verifier, ExitStack() as stack:
+    with joined(config.mesh.timeout) as everyone, Verifier() as verifier, ExitStack() as stack:
+        weights = lead(lambda: checkpoint.newest_weights(run), everyone)
+        questions = together(lambda: _questions(file, config, tokenizer, chat), everyone)
+        held_out = None if dev is None else together(lambda: _questions(dev, config, tokenizer, chat), everyone)
+        lead(lambda: _warn(questions, held_out), everyone)
         if any(question.row["verify"] == "code" for question in questions.items):
-            _ = verifier.sandbox  # where there are no walls, nothing shall be asked in vain
+            _ = together(lambda: verifier.sandbox, everyone)  # where there are no walls, nothing is asked in vain
         device = settled(config.train).device
-        every = [*asked_for(settings_of(config), verifier, tokenizer, device), *rewards]
-        stack.enter_context(checkpoint.lock(out))
-        config = take_up(out, config, fingerprint_of(file), run / "tokenizer", file, chats=chat, begun_with=run)
-        settings = settings_of(config)
-        model, optimizers, _ = build(config)
-        checkpoint.load_newest(run, model)  # the optimizers begin anew
-        rollouts = _rollouts(run, out, config, model, tokenizer, questions.stop)
+        asked = together(lambda: asked_for(settings_of(config), verifier, tokenizer, device), everyone)
+        world = divide(config, size_of(everyone)).world
+        lead(lambda: stack.enter_context(checkpoint.lock(out)), everyone)
+        given = config, fingerprint_of(file), run / "tokenizer", file
+        config = lead(lambda: take_up(out, *given, chats=chat, begun_with=run, ranks=world), everyone)
+        settings, ranks = settings_of(config), ranks_of(config)
+        model, optimizers, _ = build(config, ranks, drawn=False)
+        checkpoint.load_weights(weights, model, ranks)  # the optimizers begin anew
+        rollouts = _rollouts(run, out, config, model, tokenizer, questions.stop, ranks)
 
         def validate() -> list[bool]:
             assert held_out is not None
-            answers = rollouts.draw(held_out.items, [0] * len(held_out), 0.0, lambda: False)
-            return [*map(Correct(verifier).right, answers)]
+            mine = held_out.items[share_of(len(held_out), ranks)]
+            answers = rollouts.draw(mine, [0] * len(mine), 0.0, lambda: False)
+            told = ranks.told([*map(Correct(verifier).right, answers)])
+            return [right for theirs in told for right in theirs]
 
-        with RLLog(out, settings.steps) as log:
+        with RLLog(out, settings.steps, silent=not ranks.first) as log:
             log.say(
                 f"{out}: {settings.steps:,} steps of {settings.prompts} questions out of {len(questions):,} with "
-                f"{settings.group} answers each, on {config.train.device} in {config.train.dtype}"
+                f"{settings.group} answers each, on {config.train.device} in {config.train.dtype}{ranks.named()}"
             )
-            explorer = Explorer(questions, rollouts, every, settings)
+            explorer = Explorer(questions, rollouts, [*asked, *rewards], settings, ranks)
             progress, ending = _train(
-                out, config, model, optimizers, explorer, None if held_out is None else validate, run, log
+                out, config, model, optimizers, explorer, None if held_out is None else validate, weights, log, ranks
             )
+
+        def billed() -> dict[str, Any]:
             if progress.step:
                 plot(out)
-        receipt = write_receipt(out, config, progress, ending)
-        receipt |= {"answers": progress.answers, "reward": progress.reward, "dev": progress.dev}
-        checkpoint.write_json(out / "receipt.json", receipt)
-        return receipt
+            receipt = write_receipt(out, config, progress, ending, ranks.world)
+            receipt |= {"answers": progress.answers, "reward": progress.reward, "dev": progress.dev}
+            checkpoint.write_json(out / "receipt.json", receipt)
+            return receipt
+
+        return lead(billed, everyone)
 
 
 def tuned(config: Config) -> Config:
@@ -184,6 +195,7 @@ class Explorer:
     rollouts: Rollouts
     rewards: Sequence[Reward]
     settings: GRPOConfig
+    ranks: Ranks = ALONE
 
     def explore(self, place: int, asked_to_stop: Callable[[], bool]) -> Explored:
         """Answers and rewards for the questions from `place` on: a function of the weights and of that alone.
@@ -203,8 +215,7 @@ class Explorer:
         for place in range(seen.place, seen.place + count):
             asked += [self.questions.at(place)] * group
             seeds += self.questions.seeds(place, group)
-        answers = self.rollouts.draw(asked, seeds, 1.0, asked_to_stop)
-        found = earned(self.rewards, answers)
+        answers, found = self._answered(asked, seeds, asked_to_stop)
         seen.place += count
         seen.every += answers
         seen.totals += found.total
@@ -223,6 +234,38 @@ class Explorer:
             if not (equal and self.settings.dynamic_sampling):
                 seen.answers += answers[first : first + group]
                 seen.rewards += rewards
+
+    def _answered(
+        self, asked: Sequence[Question], seeds: Sequence[int], asked_to_stop: Callable[[], bool]
+    ) -> tuple[list[Answer], Earned]:
+        """All answers and what they earn; every rank draws and rewards those to its share of the questions."""
+        groups = share_of(len(asked) // self.settings.group, self.ranks)
+        mine = slice(groups.start * self.settings.group, groups.stop * self.settings.group)
+
+        def work() -> tuple[list[Answer], Earned] | None:
+            try:
+                answers = self.rollouts.draw(asked[mine], seeds[mine], 1.0, asked_to_stop)
+            except Interrupted:
+                return None
+            return answers, earned(self.rewards, answers)
+
+        told = self.ranks.told(together(work, self.ranks.group("world")))
+        of_ranks = [each for each in told if each is not None]
+        if len(of_ranks) < len(told):
+            raise Interrupted
+        answers, found = [], Earned([], {reward.name: [] for reward in self.rewards})
+        for some, theirs in of_ranks:
+            answers += some
+            found.total.extend(theirs.total)
+            for name, values in theirs.parts.items():
+                found.parts[name].extend(values)
+        return answers, found
+
+
+def share_of(count: int, ranks: Ranks) -> slice:
+    """Which of so many things in a row are this rank's: as many as others', and in the order of the ranks."""
+    place, ways = ranks.place["dp"], ranks.division.dp
+    return slice(count * place // ways, count * (place + 1) // ways)
 
 
 # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -246,19 +289,21 @@ def _train(
     optimizers: list[Optimizer],
     explorer: Explorer,
     validate: Callable[[], list[bool]] | None,
-    begun_with: Path,
+    begun_with: checkpoint.Weights,
     log: RLLog,
+    ranks: Ranks,
 ) -> tuple[RLProgress, Ending]:
     """Steps until there have been enough, a limit or a signal; returns where it got to and why it ended.
 
-    The same call on the same RUN goes on from the newest whole checkpoint. Raises BadInput where a reward fails and
-    where steps are not finite again and again; what was learnt until then is saved.
+    The same call on the same RUN goes on from the newest whole checkpoint. All `ranks` call it and agree on everything.
+    Raises BadInput where a reward fails and where steps are not finite again and again; what was learnt until then is
+    saved.
     """
     settings = explorer.settings
-    progress = _resume(run, model, optimizers, log)
+    progress = _resume(run, model, optimizers, log, ranks)
     explorer.rollouts.refresh()
-    reference = _reference(run, progress, model, begun_with) if settings.kl_weight else None
-    clock = Clock(progress)
+    reference = _reference(run, progress, config, begun_with, ranks) if settings.kl_weight else None
+    clock = Clock(progress, ranks)
     saved: RLProgress | None = None if progress.step == 0 else replace(progress)
     bad = 0  # steps in a row whose loss or gradient was not finite
 
@@ -266,15 +311,17 @@ def _train(
         nonlocal saved
         if saved != progress:
             clock.stamp(progress)
-            checkpoint.save(run, progress.step, model, optimizers, asdict(progress), config.train.keep_checkpoints)
+            keep = config.train.keep_checkpoints
+            checkpoint.save(run, progress.step, model, optimizers, asdict(progress), keep, ranks)
             saved = replace(progress)
-            _forget_references(run, progress.reference)
+            lead(lambda: _forget_references(run, progress.reference), ranks.group("world"))
 
     with stop_signals() as signals:
         while True:
-            ending = _ending(config, settings, progress, clock, signals)
+            asked_to_stop = ranks.any(bool(signals))
+            ending = _ending(config, settings, progress, clock, asked_to_stop)
             due = ending in ("complete", "max_steps", "max_seconds") or progress.step % config.train.eval_every == 0
-            if validate is not None and due and not signals and progress.dev_step != progress.step:
+            if validate is not None and due and not asked_to_stop and progress.dev_step != progress.step:
                 right = validate()
                 progress.dev, progress.dev_step = fmean(right), progress.step
                 log.answered(progress.step, progress.dev, len(right))
@@ -297,7 +344,8 @@ def _train(
             if seen.equal_groups * settings.group < len(seen.answers) or (seen.answers and reference is not None):
                 rewards = torch.tensor(seen.rewards, dtype=torch.float64)
                 closed = explorer.rollouts.closed
-                learnt = learn(model, optimizers, reference, seen.answers, rewards, closed, now, config, settings)
+                given = seen.answers, rewards, closed, now, config, settings, ranks
+                learnt = learn(model, optimizers, reference, *given)
                 explorer.rollouts.refresh()
             if seen.equal_groups * settings.group >= len(seen.answers):
                 log.say(f"step {progress.step + 1}: {NOTHING}")
@@ -318,7 +366,7 @@ def _train(
             progress.answers += len(seen.every)
             progress.reward = _mean([value for value in seen.totals if value is not None])
             if reference is not None and settings.reference_every and progress.step % settings.reference_every == 0:
-                _renew_reference(run, progress, model, reference)
+                _renew_reference(run, progress, model, reference, ranks)
             clock.stamp(progress)
             seconds = {"rollout_seconds": drawn - begun, "learning_seconds": time.monotonic() - drawn}
             log.explored(_row(progress, now, seen, learnt, settings) | seconds, time.monotonic() - begun)
@@ -361,26 +409,28 @@ def _flops(config: Config, seen: Explored, with_reference: bool) -> float:
 
 
 def _ending(
-    config: Config, settings: GRPOConfig, progress: RLProgress, clock: Clock, signals: list[int]
+    config: Config, settings: GRPOConfig, progress: RLProgress, clock: Clock, asked_to_stop: bool
 ) -> Ending | None:
     if progress.step >= settings.steps:
         return "complete"
-    if signals:
+    if asked_to_stop:
         return "interrupted"
     if config.train.max_steps is not None and progress.step >= config.train.max_steps:
         return "max_steps"
-    if config.train.max_seconds is not None and clock.seconds() >= config.train.max_seconds:
+    if config.train.max_seconds is not None and clock.any_past(config.train.max_seconds):
         return "max_seconds"
     return None
 
 
-def _resume(run: Path, model: Transformer, optimizers: list[Optimizer], log: RLLog) -> RLProgress:
-    newest = checkpoint.newest(run, log.say)
+def _resume(run: Path, model: Transformer, optimizers: list[Optimizer], log: RLLog, ranks: Ranks) -> RLProgress:
+    everyone = ranks.group("world")
+    newest = lead(lambda: checkpoint.newest(run, log.say), everyone)
     if newest is None or not newest.state():
         return RLProgress()
-    progress = RLProgress(**checkpoint.load(newest, model, optimizers))
-    spent = checkpoint.cut_metrics(run, progress.step, progress.dev_step)  # with what was lost since the checkpoint
-    cut_samples(run, progress.step)
+    progress = RLProgress(**checkpoint.load(newest, model, optimizers, ranks))
+    step, answered = progress.step, progress.dev_step
+    spent = lead(lambda: checkpoint.cut_metrics(run, step, answered), everyone)  # with what was lost since then
+    lead(lambda: cut_samples(run, step), everyone)
     progress.seconds = max(progress.seconds, spent["seconds"])
     progress.cpu_seconds = max(progress.cpu_seconds, spent["cpu_seconds"])
     progress.flops = max(progress.flops, spent["flops"])
@@ -393,26 +443,23 @@ def _resume(run: Path, model: Transformer, optimizers: list[Optimizer], log: RLL
 # ── the reference ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _reference(run: Path, progress: RLProgress, model: Transformer, begun_with: Path) -> Transformer:
-    reference = copy.deepcopy(model).requires_grad_(False).eval()
+def _reference(
+    run: Path, progress: RLProgress, config: Config, begun_with: checkpoint.Weights, ranks: Ranks
+) -> Transformer:
+    reference = build(config, ranks, drawn=False)[0].requires_grad_(False).eval()
     if progress.reference == 0:
-        checkpoint.load_newest(begun_with, reference)
+        checkpoint.load_weights(begun_with, reference, ranks)
     else:
-        checkpoint.load_model_weights(_reference_folder(run, progress.reference), reference)
+        checkpoint.load_model_weights(_reference_folder(run, progress.reference), reference, ranks=ranks)
     return reference
 
 
-def _renew_reference(run: Path, progress: RLProgress, model: Transformer, reference: Transformer) -> None:
+def _renew_reference(run: Path, progress: RLProgress, model: Transformer, reference: Transformer, ranks: Ranks) -> None:
     """The model at hand becomes the reference, and is kept: a run that goes on needs the same."""
+    forget_gathered(reference)  # the old weights
     reference.load_state_dict(model.state_dict())
     progress.reference = progress.step
-    folder = _reference_folder(run, progress.reference)
-    writing = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(writing, ignore_errors=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    writing.mkdir(parents=True)
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, writing / "model.safetensors")
-    writing.rename(folder)
+    checkpoint.save_weights(_reference_folder(run, progress.reference), model, ranks)
 
 
 def _forget_references(run: Path, kept: int) -> None:
@@ -440,33 +487,41 @@ def _check(config: Config, begun_with: Config, run: Path) -> None:
         raise BadInput(f"{where}: [grpo] and [rollout] cannot be left out")
     if config.train.compile:
         raise BadInput(f"{where}: train.compile does not go with answers of every length: leave it out")
+    if config.mesh.pp > 1 or config.mesh.cp > 1:
+        raise BadInput(f"{where}: every rank reads whole answers through the whole model: take mesh.dp and mesh.ep")
 
 
 def _questions(file: Path, config: Config, tokenizer: Tokenizer, chat: bool) -> Questions:
-    task, settings = read_task(file), settings_of(config)
-    if task.left_out:
-        _warn(f"{file}: left out {len(task.left_out)} rows; the first, {task.left_out[0]}")
-    context = config.model.max_position_embeddings
-    questions = Questions(task, tokenizer, chat, context, settings.max_tokens, config.train.seed)
-    if questions.too_long:
-        _warn(
-            f"{file}: left out {questions.too_long:,} questions that leave no room for {settings.max_tokens} tokens of "
-            f"answer in the context of {context}"
-        )
-    return questions
+    context, most = config.model.max_position_embeddings, settings_of(config).max_tokens
+    return Questions(read_task(file), tokenizer, chat, context, most, config.train.seed)
 
 
 def _rollouts(
-    run: Path, out: Path, config: Config, model: Transformer, tokenizer: Tokenizer, stop: tuple[str, ...]
+    run: Path,
+    out: Path,
+    config: Config,
+    model: Transformer,
+    tokenizer: Tokenizer,
+    stop: tuple[str, ...],
+    ranks: Ranks,
 ) -> Rollouts:
     most, how = settings_of(config).max_tokens, config.rollout
     assert how is not None
     match how.engine:
         case "leanseek":
-            return EngineRollouts(model, tokenizer, most, stop, how.at_once)
+            if ranks.world == 1:
+                return EngineRollouts(model, tokenizer, most, stop, how.at_once)
+            whole = Transformer(config.model, model.dtype).to(ranks.device).requires_grad_(False)
+            whole.use(model.kernels)
+
+            def trained() -> Iterator[tuple[str, Tensor]]:
+                return everywhere(model.state_dict(), parts(model, ranks), ranks)
+
+            return EngineRollouts(whole, tokenizer, most, stop, how.at_once, trained)
         case "vllm":
-            return VLLMRollouts(model, tokenizer, run / "tokenizer", config, most, stop, out / "rollout")
+            return VLLMRollouts(model, tokenizer, run / "tokenizer", config, most, stop, out / "rollout", ranks)
 
 
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
+def _warn(*asked: Questions | None) -> None:
+    for line in (line for questions in asked if questions is not None for line in questions.left_out):
+        print(f"warning: {line}", file=sys.stderr)

@@ -28,14 +28,14 @@ class Padded:
 
 
 def padded(answers: Sequence[Answer], device: torch.device) -> Padded:
-    """Rows for answers, as long as the longest of them needs."""
-    longest = max(len(answer.question.prompt) + len(answer.tokens) for answer in answers) - 1
+    """Rows for answers, as long as the longest of them needs. There may be none: other ranks have some then."""
+    longest = max((len(answer.question.prompt) + len(answer.tokens) for answer in answers), default=2) - 1
     shape = len(answers), longest
     ids, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
     mask, drawn = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
     told = [answer.experts for answer in answers if answer.experts is not None]
     experts = None
-    if len(told) == len(answers):
+    if told and len(told) == len(answers):
         experts = torch.full((*shape, *told[0].shape[1:]), -1, dtype=torch.int64)
     for row, answer in enumerate(answers):
         whole = torch.tensor(answer.question.prompt + answer.tokens)

@@ -15,8 +15,8 @@ SAMPLES = "samples.jsonl"
 class RLLog(Log):
     """`steps` are what the bar counts."""
 
-    def __init__(self, run: Path, steps: int) -> None:
-        super().__init__(run, steps, peak=1.0)
+    def __init__(self, run: Path, steps: int, silent: bool = False) -> None:
+        super().__init__(run, steps, peak=1.0, silent=silent)
         self.dev: float | None = None
 
     def explored(self, row: dict[str, Any], seconds: float) -> None:
@@ -39,6 +39,8 @@ class RLLog(Log):
         self.say(f"step {step} · {dev:.1%} of {count:,} held-out questions right")
 
     def samples(self, step: int, answers: Sequence[Answer], rewards: Sequence[float | None]) -> None:
+        if self.silent:
+            return
         with (self.run / SAMPLES).open("a", encoding="utf-8") as file:
             for answer, reward in zip(answers, rewards, strict=True):
                 prompt = answer.question.row.get("prompt")

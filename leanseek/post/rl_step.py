@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from leanseek.config import Config, GRPOConfig
+from leanseek.config import Config, GRPOConfig, ModelConfig
 from leanseek.model.moe import max_violation
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.apply import before_micro_batch, forget_gathered
+from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.post.objective import Terms, advantages, policy_terms
 from leanseek.post.policy import Judged, Padded, differ, judge, padded
 from leanseek.post.rollout import Answer
@@ -49,17 +51,18 @@ def learn(
     knobs: Knobs,
     config: Config,
     settings: GRPOConfig,
+    ranks: Ranks = ALONE,
 ) -> Learnt:
     """Updates the model on groups of answers, one group behind the other, and their rewards [n].
 
-    closed: ids that are never drawn, whoever draws.
+    closed: ids that are never drawn, whoever draws. All `ranks` are given the same answers; each reads its share.
     """
     model.eval()
     device, replay = next(model.parameters()).device, settings.router_replay
     gains = advantages(rewards, settings.group, settings.divide_by_std)
     # Without a KL term an answer that earns as much as its group does nothing but count.
     active = gains.ne(0).tolist() if reference is None else [True] * len(answers)
-    parts = _divided(answers, active, config.train.micro_batch, settings)
+    parts = _divided(answers, active, config.train.micro_batch, settings, ranks)
 
     def rows_of(some: Sequence[int]) -> Padded:
         return padded([answers[i] for i in some], device)
@@ -69,9 +72,11 @@ def learn(
         with torch.no_grad():
             for some in (some for part in parts for some in part.pieces):
                 old[some] = judge(model, rows_of(some), closed, replay).logprobs
-    tally = _Tally(model.config.n_routed_experts)
+        forget_gathered(model)
+    tally = _Tally(model.config, ranks)
     for part in parts:
-        for some in part.pieces:
+        for number, some in enumerate(part.pieces):
+            before_micro_batch(model, number == len(part.pieces) - 1, config)
             rows = rows_of(some)
             here = judge(model, rows, closed, replay)
             with torch.no_grad():
@@ -83,22 +88,31 @@ def learn(
             )  # fmt: skip
             terms.loss.backward()
             tally.add(terms, here, rows, before)
-        updated = update(model, optimizers, [tally.loss], knobs, config)
+        updated = update(model, optimizers, [tally.loss_of_all()], knobs, config, ranks)
         tally.grad_norm, tally.finite = updated.grad_norm, tally.finite and updated.finite
     return tally.told(len(parts), by_answer=settings.ratio == "sequence")
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What one update learns from: `answers` and their `tokens` that count, and those that are read, in pieces."""
+    """What one update learns from: `answers` and their `tokens` that count, and those that this rank reads, in pieces.
+
+    Equally many pieces on every rank, some of which may be empty: weights are gathered by all at once.
+    """
 
     answers: int
     tokens: int
     pieces: list[tuple[int, ...]]
 
 
-def _divided(answers: Sequence[Answer], active: Sequence[bool], at_once: int, settings: GRPOConfig) -> list[_Part]:
-    """Whole groups, divided among the updates; in a piece are answers of about one length: padding is work in vain."""
+def _divided(
+    answers: Sequence[Answer], active: Sequence[bool], at_once: int, settings: GRPOConfig, ranks: Ranks
+) -> list[_Part]:
+    """Whole groups, divided among the updates; in a piece are answers of about one length: padding is work in vain.
+
+    Pieces are dealt to the ranks from the shortest to the longest, so that all have about as much to read.
+    """
+    readers, place = ranks.division.dp, ranks.place["dp"]
     groups = math.ceil(len(answers) / settings.group / settings.updates)
     parts = []
     for first in range(0, len(answers), groups * settings.group):
@@ -107,21 +121,24 @@ def _divided(answers: Sequence[Answer], active: Sequence[bool], at_once: int, se
         order = sorted(
             (i for i in counted if active[i]), key=lambda i: len(answers[i].question.prompt) + len(answers[i].tokens)
         )
-        pieces = [tuple(order[at : at + at_once]) for at in range(0, len(order), at_once)]
-        if pieces:
-            parts.append(_Part(len(counted), sum(len(answers[i].tokens) for i in counted), pieces))
+        if not order:
+            continue
+        size = min(at_once, math.ceil(len(order) / readers))
+        pieces = [tuple(order[at : at + size]) for at in range(0, len(order), size)]
+        pieces += [()] * (-len(pieces) % readers)
+        parts.append(_Part(len(counted), sum(len(answers[i].tokens) for i in counted), pieces[place::readers]))
     return parts
 
 
 class _Tally:
-    """What a step tells, summed up as it goes."""
+    """What a step tells, summed up as it goes: over this rank's answers, and by the methods over those of all."""
 
-    def __init__(self, experts: int) -> None:
-        self.experts = experts
-        self.loads: list[Tensor] = []  # [E] of each layer
+    def __init__(self, config: ModelConfig, ranks: Ranks) -> None:
+        layers = max(0, config.num_hidden_layers - config.first_k_dense_replace)
+        self.ranks, self.loads = ranks, torch.zeros((layers, config.n_routed_experts), dtype=torch.int64)
         self.loss = self.kl = self.clipped = self.entropy = self.gap = self.grad_norm = 0.0
-        self.answers = self.tokens = self.elsewhere = 0
-        self.compared, self.finite = False, True
+        self.answers = self.tokens = self.compared = self.elsewhere = 0
+        self.finite = True
 
     def add(self, terms: Terms, here: Judged, rows: Padded, before: Tensor) -> None:
         self.loss += terms.loss.item()
@@ -130,26 +147,38 @@ class _Tally:
         self.entropy += here.entropy.sum().item()
         self.answers += len(rows.mask)
         self.tokens += int(rows.mask.sum())
+        if not len(rows.mask):
+            return
         self.gap = max(self.gap, ((before - rows.drawn) * rows.mask).abs().max().item())
         if here.experts is not None:
-            loads = [torch.bincount(layer.flatten(), minlength=self.experts).cpu() for layer in here.experts.unbind(1)]
-            self.loads = [a + b for a, b in zip(self.loads, loads, strict=True)] if self.loads else loads
+            for load, layer in zip(self.loads, here.experts.unbind(1), strict=True):
+                load += torch.bincount(layer.flatten(), minlength=len(load)).cpu()
             if rows.experts is not None:
-                self.compared = True
+                self.compared += 1
                 self.elsewhere += int(differ(rows.experts[rows.mask], here.experts).sum())
 
+    def loss_of_all(self) -> float:
+        return self._sums(self.loss)[0]
+
     def told(self, updates: int, by_answer: bool) -> Learnt:
-        tokens = max(self.tokens, 1)
-        units = max(self.answers, 1) if by_answer else tokens
+        mine = self.loss, self.kl, self.clipped, self.entropy, self.answers, self.tokens, self.compared, self.elsewhere
+        loss, kl, clipped, entropy, answers, tokens, compared, elsewhere = self._sums(*mine)
+        loads = self.ranks.total(self.loads.to(self.ranks.device))
+        gap = self.ranks.largest(torch.tensor(self.gap, dtype=torch.float64, device=self.ranks.device))
+        units = max(answers if by_answer else tokens, 1)
         return Learnt(
-            loss=self.loss / max(updates, 1),
-            kl=self.kl / units,
-            clip_share=self.clipped / units,
-            entropy=self.entropy / tokens,
+            loss=loss / max(updates, 1),
+            kl=kl / units,
+            clip_share=clipped / units,
+            entropy=entropy / max(tokens, 1),
             grad_norm=self.grad_norm,
-            max_violation=max(map(max_violation, self.loads), default=0.0),
-            logprob_gap=self.gap,
-            experts_differ=self.elsewhere / tokens if self.compared else None,
-            tokens=self.tokens,
+            max_violation=max(map(max_violation, loads), default=0.0),
+            logprob_gap=gap.item(),
+            experts_differ=elsewhere / max(tokens, 1) if compared else None,
+            tokens=int(tokens),
             finite=self.finite,
         )
+
+    def _sums(self, *mine: float) -> list[float]:
+        sums: list[float] = self.ranks.total(torch.tensor(mine, dtype=torch.float64, device=self.ranks.device)).tolist()
+        return sums

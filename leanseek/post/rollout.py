@@ -1,11 +1,12 @@
 """Questions to answers: what the policy is asked, and what it draws, by our engine on the weights at hand.
 
 The engine shares the trainer's model, so new weights cost it a copy of what it repacks; each draw brings its own
-log-probability, and the experts that the token before it went to. One engine serves one data-parallel rank.
+log-probability, and the experts that the token before it went to. Every rank has an engine of its own; where ranks
+share the trainer's weights, each brings them together in a model that only the engine reads.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -69,13 +70,21 @@ class Rollouts(Protocol):
 class Questions:
     """A task's questions in an order of their own in each epoch: question `place` is a function of (seed, place).
 
-    Left out, and counted, are those whose prompt leaves no room for `max_tokens`. Raises BadInput when none is left.
+    Left out, as `left_out` tells, are those whose prompt leaves no room for `max_tokens`. Raises BadInput when none is
+    left.
     """
 
     def __init__(self, task: Task, tokenizer: Tokenizer, chat: bool, context: int, max_tokens: int, seed: int) -> None:
         read = [self._read(item, tokenizer, chat) for item in task.items]
         self.items = [question for question in read if len(question.prompt) + max_tokens <= context]
-        self.too_long = len(read) - len(self.items)
+        self.left_out = []
+        if task.left_out:
+            self.left_out.append(f"{task.name}: left out {len(task.left_out)} rows; the first, {task.left_out[0]}")
+        if too_long := len(read) - len(self.items):
+            self.left_out.append(
+                f"{task.name}: left out {too_long:,} questions that leave no room for {max_tokens} tokens of answer in "
+                f"the context of {context}"
+            )
         self.stop = () if chat else task.format.stop
         self.seed = seed
         if not self.items:
@@ -111,12 +120,18 @@ class Questions:
 
 
 class EngineRollouts:
-    """Our engine over the trainer's own model."""
+    """Our engine over the trainer's own model, or over one that is filled with the `trained` weights, by name."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, max_tokens: int, stop: tuple[str, ...], at_once: int
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        max_tokens: int,
+        stop: tuple[str, ...],
+        at_once: int,
+        trained: Callable[[], Iterable[tuple[str, Tensor]]] = lambda: (),
     ) -> None:
-        self.model, self.max_tokens, self.stop = model, max_tokens, stop
+        self.model, self.max_tokens, self.stop, self.trained = model, max_tokens, stop, trained
         self.engine = Engine(
             model, tokenizer, max_running=at_once, chunk=PROMPTS_READ, speculate=False, tell_experts=True
         )
@@ -126,7 +141,10 @@ class EngineRollouts:
         return self.engine.closed
 
     def refresh(self) -> None:
-        self.engine.take_over(self.model.state_dict())
+        own = self.model.state_dict()
+        for name, weight in self.trained():
+            own[name].copy_(weight)
+        self.engine.take_over(own)
 
     def draw(
         self, questions: Sequence[Question], seeds: Sequence[int], temperature: float, asked_to_stop: Callable[[], bool]

@@ -31,6 +31,7 @@ from leanseek.config import BadInput, Config, RolloutConfig
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.hub import export_release
 from leanseek.model.transformer import Transformer
+from leanseek.parallel.mesh import ALONE, Ranks, lead
 from leanseek.post.rollout import Answer, Interrupted, Question
 from leanseek.serve.writer import Writer
 
@@ -49,15 +50,20 @@ class VLLMRollouts:
         max_tokens: int,
         stop: tuple[str, ...],
         scratch: Path,
+        ranks: Ranks = ALONE,
     ) -> None:
         assert config.rollout is not None
         self.model, self.tokenizer, self.max_tokens, self.stop = model, tokenizer, max_tokens, stop
         self.how: RolloutConfig = config.rollout
-        self.target, self.scratch, self.step = Path(self.how.export), scratch, 0
+        self.target, self.scratch, self.step, self.ranks = Path(self.how.export), scratch, 0, ranks
         if not self.how.export or not (self.target / "config.json").is_file():
             raise BadInput(f"rollout.export={self.how.export!r}: name the folder that vLLM was begun on")
-        shutil.rmtree(scratch, ignore_errors=True)
-        checkpoint.create_run(scratch / "run", config, "", tokenizer_folder, scratch)
+
+        def begin() -> None:
+            shutil.rmtree(scratch, ignore_errors=True)
+            checkpoint.create_run(scratch / "run", config, "", tokenizer_folder, scratch)
+
+        lead(begin, ranks.group("world"))
 
     @property
     def closed(self) -> Tensor:
@@ -65,7 +71,10 @@ class VLLMRollouts:
 
     def refresh(self) -> None:
         self.step += 1
-        checkpoint.save(self.scratch / "run", self.step, self.model, [], {}, keep=1)
+        checkpoint.save(self.scratch / "run", self.step, self.model, [], {}, 1, self.ranks)
+        lead(self._send, self.ranks.group("world"))
+
+    def _send(self) -> None:
         shutil.rmtree(self.scratch / "export", ignore_errors=True)
         export_release(self.scratch / "run", self.scratch / "export")
         for file in (self.scratch / "export").glob("*.safetensors*"):
