@@ -33,7 +33,7 @@ STAGES = (
     *("train.tokens=1_700_000", "stages.0.share=0.15", "stages.1.share=0.85"),
     *("train.checkpoint_every=50", "train.eval_every=100", "train.eval_tokens=15_000"),
     "stages.0.mixture={needles-3800=0.6,storyworld=0.4}",
-    "stages.1.mixture={needles-3800=0.05,needles-12000-15500=0.8,storyworld=0.15}",
+    "stages.1.mixture={needles-3800=0.05,needles-14500-15500=0.8,storyworld=0.15}",
 )
 # Eight times V3's share of the peak, then down: these stages have some hundred steps, V3's a thousand each.
 RATE = '{until=0.02,value=3e-3,shape="linear"},{until=0.6,value=3e-3},{until=1,value=1e-4,shape="linear"}'
@@ -74,7 +74,7 @@ def train(out: Path) -> None:
         prepare(made, data, 2048, validation=[str(held_out)])
     pretrain(read_recipe(str(Path(__file__).with_suffix(".toml"))), data, out / "base")
     if not long_data.exists():
-        made = ["needles-3800:1MB", "needles-12000-15500:5MB", "storyworld:2MB"]
+        made = ["needles-3800:1MB", "needles-14500-15500:5MB", "storyworld:2MB"]
         prepare(made, long_data, tokenizer=out / "base" / "tokenizer", validation=[str(held_out)])
     for run, (_, further) in WAYS.items():
         if further:
