@@ -14,6 +14,7 @@ from leanseek.config import BadInput
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.serve import engine as engine_module
+from leanseek.serve.cache import Cache
 from leanseek.serve.engine import Engine, Request
 from leanseek.serve.runner import Runner
 from leanseek.serve.sampling import Sampling, adjust, draw, probabilities
@@ -123,6 +124,40 @@ def test_a_prompt_that_comes_again_is_not_read_again(vocabulary: Tokenizer, mode
     assert again.drawn == first.drawn
     assert engine.metrics.prompt_tokens == 200
     assert engine.metrics.cached_tokens == 96
+
+
+@pytest.mark.parametrize("speculate", [False, True])
+@pytest.mark.parametrize(
+    ("length", "once"), [(5, 5), (39, 39 + 7)], ids=["less than a page", "pages that are found, and what is behind"]
+)
+def test_prompts_that_are_alike_are_read_once(
+    length: int, once: int, speculate: bool, vocabulary: Tokenizer, model: Transformer
+) -> None:
+    engine, other = Engine(model, vocabulary, speculate=speculate), ids_of(vocabulary, "rain")
+    prompt, read = ids_of(vocabulary, TEXT * 2)[:length], 0
+
+    def count(_: object, arguments: tuple[Tensor, ...]) -> None:
+        nonlocal read
+        read += arguments[0].numel()
+
+    hook = model.register_forward_pre_hook(count)
+    requests = [engine.submit(prompt, sampling) for sampling in SAMPLINGS]
+    requests += [engine.submit(other, replace(SAMPLINGS[1], seed=seed)) for seed in (4, 4, 6)]
+    found = served(engine, *requests)
+    hook.remove()
+    padding = max(0, length - len(other)) if length < 16 else 0  # read side by side
+    assert read <= once + len(other) + padding
+    assert found == [alone(model, vocabulary, request.prompt, request.sampling) for request in requests]
+
+
+def test_prompts_that_are_alike_are_seen_where_nothing_is_copied(
+    vocabulary: Tokenizer, model: Transformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Cache, "copy", lambda self, rows: None)
+    engine, prompt = Engine(model, vocabulary, speculate=False), ids_of(vocabulary, TEXT)[:9]
+    found = served(engine, *[engine.submit(prompt, greedy(20)) for _ in range(3)])
+    assert found[0] == alone(model, vocabulary, prompt, greedy(20))
+    assert found[1] != found[0]
 
 
 def test_a_conversation_goes_on_from_its_last_answer(vocabulary: Tokenizer, model: Transformer) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -168,5 +169,5 @@ class EngineRollouts:
 def _answer(question: Question, request: Request) -> Answer:
     tokens = [told.token for told in request.logprobs]
     logprobs = [told.logprob for told in request.logprobs]
-    experts = torch.stack(request.experts).to(torch.int16) if request.experts else None
+    experts = torch.from_numpy(np.stack(request.experts).astype(np.int16)) if request.experts else None
     return Answer(question, request.read(), tokens, logprobs, experts, request.finish_reason == "length")

@@ -62,7 +62,7 @@ class Cache:
         table: list[int] = []
         for own, start, end in zip(pages, starts, ends, strict=True):
             positions += [min(place, length - 1) for place in range(start, start + width)]
-            slots += [own[place // size] * size + place % size for place in range(start, end)]
+            slots += self._slots(own, start, end)
             slots += [0] * (width - (end - start))
             table += own
             table += [0] * (most - len(own))
@@ -77,6 +77,21 @@ class Cache:
             width == 1 and min(ends) == length,
             table[0] * size if one_piece else None,
         )
+
+    def copy(self, rows: Sequence[tuple[Sequence[int], Sequence[int], int, int]]) -> None:
+        """For each (pages, other pages, start, count): so many places from a start on are copied to the other pages."""
+        here: list[int] = []
+        there: list[int] = []
+        for own, other, start, count in rows:
+            here += self._slots(own, start, start + count)
+            there += self._slots(other, start, start + count)
+        device = self.values.device
+        found = self.values.index_select(1, torch.tensor(here, device=device))
+        self.values.index_copy_(1, torch.tensor(there, device=device), found)
+
+    def _slots(self, pages: Sequence[int], start: int, end: int) -> list[int]:
+        """Where the places from start to before end of a text lie that has these pages."""
+        return [pages[place // self.size] * self.size + place % self.size for place in range(start, end)]
 
     def views(self, places: "Places") -> list["LayerCache"]:
         """The layers' parts for one pass of the model."""

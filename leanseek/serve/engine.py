@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from leanseek.config import BadInput, ModelConfig
@@ -76,7 +78,7 @@ class Request:
         self.drawn: list[int] = []  # without the end of the text, and with what a stop string cut
         self.draws = 0
         self.logprobs: list[TokenLogprobs] = []
-        self.experts: list[Tensor] = []  # [L, K] for each draw, where the engine tells them
+        self.experts: list[NDArray[np.integer]] = []  # [L, K] for each draw, where the engine tells them
         self.finish_reason: Literal["stop", "length", "cancelled"] | None = None
         self.draft: int | None = None  # what the MTP module thinks comes next
         self.matcher = grammar.matcher() if grammar is not None else None
@@ -262,7 +264,9 @@ class Engine:
         now = self.runner.at(places)
         hidden = self.runner.step(torch.tensor(ids, device=self.device), self.cache, now)  # [B, T, D]
         logits = self.runner.logits(hidden.flatten(0, 1)).unflatten(0, (-1, new))  # [B, T, V]
-        experts = self.runner.chosen().cpu().unflatten(1, (-1, new)) if self.tells_experts else None  # [L, B, T, K]
+        experts = None
+        if self.tells_experts:
+            experts = self.runner.chosen().cpu().unflatten(1, (-1, new)).numpy()  # [L, B, T, K]
 
         def draw_after(rows: list[int], t: int) -> list[int]:
             told = logits[:, t] if len(rows) == len(requests) else logits[rows, t]
@@ -284,36 +288,47 @@ class Engine:
             self.metrics.draft_seconds += time.perf_counter() - ended
 
     def _read(self, group: list[tuple[Entry, int]]) -> list[Request]:
-        """Reads a piece of each prompt; where it was the last one, draws the first token. The requests that got one."""
+        """Reads a piece of each prompt; where it was the last one, draws the first token. The requests that got one.
+
+        Of prompts that are alike to the piece's end one is read, and what the cache then holds of it is copied.
+        """
         began = time.perf_counter()
-        entries, counts = [entry for entry, _ in group], [count for _, count in group]
-        longest, starts = max(counts), [entry.read for entry in entries]
-        places = self.cache.at([entry.pages for entry in entries], starts, counts)
+        first: dict[tuple[int, ...], int] = {}  # row by the tokens of a prompt to the piece's end, and where it begins
+        read: list[tuple[Entry, int]] = []
+        of = []  # for each prompt, the row of `read` that is like it
+        for entry, count in group:
+            known = (entry.read, *entry.tokens[: entry.read + count])
+            if known not in first:
+                first[known] = len(read)
+                read.append((entry, count))
+            of.append(first[known])
+        longest, starts = max(count for _, count in read), [entry.read for entry, _ in read]
+        places = self.cache.at([entry.pages for entry, _ in read], starts, [count for _, count in read])
         layers = self.cache.views(places)
         with watched(self.watched) as chosen:
-            hidden = self.model(self._ids(group, starts, longest), places.positions, cache=layers)  # [B, T, D]
+            hidden = self.model(self._ids(read, starts, longest), places.positions, cache=layers)  # [B, T, D]
+        if self.speculates:
+            following = self._ids(read, [start + 1 for start in starts], longest)
+            self.model.remember(hidden, following, places.positions, layers[-1])
+        if len(read) < len(group):
+            alike = [(read[row][0], *each) for each, row in zip(group, of, strict=True) if read[row][0] is not each[0]]
+            self.cache.copy([(one.pages, other.pages, other.read, count) for one, other, count in alike])
         for entry, count in group:
             self.scheduler.has_read(entry, count)
-        requests = [self.requests[entry] for entry in entries]
-        done = [row for row, entry in enumerate(entries) if not entry.unread]
-        answered = [requests[row] for row in done]
-        last = [counts[row] - 1 for row in done]
-        hidden_of_last = hidden[done, last].to(self.runner.dtype)
+        done = [row for row, (entry, _) in enumerate(group) if not entry.unread]
+        answered = [self.requests[group[row][0]] for row in done]
+        where = [of[row] for row in done], [group[row][1] - 1 for row in done]
+        hidden_of_last = hidden[where].to(self.runner.dtype)
         if self.tells_experts:
-            experts = (
-                torch.stack(list(chosen.values())).unflatten(1, (-1, longest))[:, done, last].cpu()
-            )  # [L, done, K]
-            for request, own in zip(answered, experts.unbind(1), strict=True):
-                request.experts.append(own)
+            experts = torch.stack(list(chosen.values())).unflatten(1, (-1, longest)).cpu().numpy()  # [L, B, T, K]
+            for request, row, t in zip(answered, *where, strict=True):
+                request.experts.append(experts[:, row, t])
         tokens = self.choose(self.runner.logits(hidden_of_last), answered) if done else []
         followed = [[self._push(request, token)] for request, token in zip(answered, tokens, strict=True)]
-        if self.speculates:
-            following = self._ids(group, [start + 1 for start in starts], longest)
-            self.model.remember(hidden, following, places.positions, layers[-1])
-            if done:
-                pages, last = [request.entry.pages for request in answered], [r.entry.read - 1 for r in answered]
-                now = self.runner.at(self.cache.at(pages, last, [1] * len(done)))
-                self._draft(answered, hidden_of_last[:, None], followed, now)
+        if self.speculates and done:
+            pages, last = [request.entry.pages for request in answered], [r.entry.read - 1 for r in answered]
+            now = self.runner.at(self.cache.at(pages, last, [1] * len(done)))
+            self._draft(answered, hidden_of_last[:, None], followed, now)
         self.metrics.read_seconds += time.perf_counter() - began
         return answered
 
@@ -364,8 +379,9 @@ class Engine:
         if asked:
             drawn = torch.tensor([tokens[row] for row in asked])
             likelihoods = own.gather(1, drawn[:, None]).squeeze(1).tolist()
-            for row, chances, likelihood in zip(asked, own, likelihoods, strict=True):
-                top = _likeliest(chances, samplings[row].logprobs or 0)
+            for place, (row, likelihood) in enumerate(zip(asked, likelihoods, strict=True)):
+                count = samplings[row].logprobs
+                top = _likeliest(own[place], count) if count else []
                 requests[row].logprobs.append(TokenLogprobs(tokens[row], likelihood, top))
         return tokens
 
@@ -383,8 +399,6 @@ class Engine:
 
 def _likeliest(chances: Tensor, count: int) -> list[tuple[int, float]]:
     """Of log-probabilities [V] the `count` largest."""
-    if not count:
-        return []
     top = chances.topk(count)
     return list(zip(top.indices.tolist(), top.values.tolist(), strict=True))
 

@@ -155,6 +155,7 @@ class Scheduler:
             for entry in list(self.running)
             if entry.pages and entry.unread == 1 and self._make_room(entry, 1 + self.ahead)
         ]
+        stepped = set(steps)
         budget = self.chunk
         reads: list[tuple[Entry, int]] = []
         if sent_back == self.preemptions:
@@ -163,7 +164,7 @@ class Scheduler:
             if entry.unread > 1 and budget:
                 reads.append((entry, min(entry.unread, budget)))
                 budget -= reads[-1][1]
-            elif entry.unread == 1 and entry not in steps:
+            elif entry.unread == 1 and entry not in stepped:
                 steps.append(entry)
         # Making room for one may have sent another away.
         return Plan(reads, [entry for entry in steps if entry.pages])
