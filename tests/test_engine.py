@@ -334,7 +334,7 @@ def _often_right(model: Transformer) -> object:
             tokens = draw(
                 logits.index_fill(-1, self.closed, -math.inf),
                 softer,
-                lambda row, some=some: some[row].race(self.config.vocab_size),
+                lambda rows, some=some: self._times([some[row] for row in rows]),
             )
             for request, token in zip(some, tokens, strict=True):
                 request.draft = token

@@ -400,11 +400,14 @@ def test_order_is_temperature_then_top_k_then_top_p_then_min_p() -> None:
 def test_one_generator_runs_every_race() -> None:
     races = Races()
     for seed, place, size in ((5, 0, 7), (5, 1, 276), (-3, 1, 7), (5, 0, 7), (2**63 - 1, 9, 1)):
-        assert torch.equal(races(seed, place, size), race(seed, place, size))
+        both = torch.stack([race(seed, place, size), race(5, 6, size)])
+        assert torch.equal(races([(seed, place), (5, 6)], size), both)
 
 
 def chi_square(logits: Tensor, drawn_with: Sampling, expected: list[float], draws: int = 20_000) -> float:
-    found = draw(logits.expand(draws, -1), [drawn_with] * draws, lambda row: race(5, row, len(expected)))
+    found = draw(
+        logits.expand(draws, -1), [drawn_with] * draws, lambda rows: Races()([(5, row) for row in rows], len(expected))
+    )
     counts = torch.bincount(torch.tensor(found), minlength=len(expected)).tolist()
     assert all(chance or not count for chance, count in zip(expected, counts, strict=True)), "drew a closed token"
     return sum((n - draws * p) ** 2 / (draws * p) for n, p in zip(counts, expected, strict=True) if p)
@@ -425,7 +428,7 @@ def test_extreme_temperatures() -> None:
     logits = torch.tensor([1.0, 2.0, 2.0, -math.inf])
     assert with_temperature(logits.double(), 1e-300).softmax(dim=-1).tolist() == [0, 0.5, 0.5, 0]
     assert probabilities(logits, Sampling(temperature=1e300)).tolist() == pytest.approx([1 / 3, 1 / 3, 1 / 3, 0])
-    assert draw((logits + torch.tensor([0, 0, 1e-3, 0]))[None], [GREEDY], lambda row: race(0, 0, 4)) == [2]
+    assert draw((logits + torch.tensor([0, 0, 1e-3, 0]))[None], [GREEDY], lambda rows: race(0, 0, 4)[None]) == [2]
 
 
 @pytest.mark.parametrize(

@@ -99,7 +99,7 @@ class Request:
         """The times [V] that decide the next token: kept, as a draft and its verification meet the same."""
         place = len(self.entry.tokens)
         if self._race is None or self._race[0] != place:
-            self._race = place, self._races(self.sampling.seed, place, size)
+            self._race = place, self._races([(self.sampling.seed, place)], size)[0]
         return self._race[1]
 
     def push(self, token: int, eos: int, most: int) -> None:
@@ -375,7 +375,7 @@ class Engine:
             adjust(logits[row], request.sampling, request.prompt, request.drawn)
             if request.matcher is not None:
                 logits[row, : self.tokenizer.vocab_size].masked_fill_(~request.matcher.open_tokens(), float("-inf"))
-        tokens = draw(logits, samplings, lambda row: requests[row].race(logits.shape[-1]))
+        tokens = draw(logits, samplings, lambda rows: self._times([requests[row] for row in rows]))
         if asked:
             drawn = torch.tensor([tokens[row] for row in asked])
             likelihoods = own.gather(1, drawn[:, None]).squeeze(1).tolist()
@@ -384,6 +384,13 @@ class Engine:
                 top = _likeliest(own[place], count) if count else []
                 requests[row].logprobs.append(TokenLogprobs(tokens[row], likelihood, top))
         return tokens
+
+    def _times(self, requests: Sequence[Request]) -> Tensor:
+        """The times [B, V] that decide the next token of each text."""
+        size = self.config.vocab_size
+        if self.speculates:
+            return torch.stack([request.race(size) for request in requests])
+        return self.races([(request.sampling.seed, len(request.entry.tokens)) for request in requests], size)
 
     def _forget(self, request: Request) -> None:
         del self.requests[request.entry]

@@ -82,8 +82,8 @@ class Sampling:
         return not plain or bool(self.logit_bias)
 
 
-def draw(logits: Tensor, samplings: Sequence[Sampling], times: Callable[[int], Tensor]) -> list[int]:
-    """logits [B, V], each row's sampling, and the times of its `race` where it is asked for → B token ids.
+def draw(logits: Tensor, samplings: Sequence[Sampling], times: Callable[[list[int]], Tensor]) -> list[int]:
+    """logits [B, V], each row's sampling, and what gives the times [n, V] of n rows, as `race` does → B token ids.
 
     A token is the winner of a race: each arrives after an exponential time divided by its probability. So is a draft,
     and because both meet the same times in the same place, a draft is right whenever its distribution is about right.
@@ -95,7 +95,7 @@ def draw(logits: Tensor, samplings: Sequence[Sampling], times: Callable[[int], T
     for rows in alike.values():
         some, sampling = logits if len(rows) == len(samplings) else logits[rows], samplings[rows[0]]
         if sampling.temperature > 0:
-            some = probabilities(some, sampling).div_(torch.stack([times(row) for row in rows]))
+            some = probabilities(some, sampling).div_(times(rows))
         for row, token in zip(rows, some.argmax(dim=-1).tolist(), strict=True):
             tokens[row] = token
     return tokens
@@ -109,18 +109,21 @@ def race(seed: int, place: int, size: int) -> Tensor:
 
 
 class Races:
-    """`race` again and again, a third as dear: one generator is wound to each place's numbers. For one thread."""
+    """`race` for many rows and a fifth as dear: one generator is wound to each place's numbers. For one thread."""
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)
         self.generator = np.random.Generator(self.philox)
         self.wound: Any = dict(self.philox.state)
 
-    def __call__(self, seed: int, place: int, size: int) -> Tensor:
-        key = np.array([seed % 2**64, place], dtype=np.uint64)
+    def __call__(self, keys: Sequence[tuple[int, int]], size: int) -> Tensor:
+        """For n seeds, each with a place, times [n, V]."""
+        times, key = np.empty((len(keys), size)), np.empty(2, dtype=np.uint64)
         self.wound["state"] = {"counter": np.zeros(4, dtype=np.uint64), "key": key}
-        self.philox.state = self.wound
-        times = self.generator.standard_exponential(size)
+        for row, (seed, place) in zip(times, keys, strict=True):
+            key[:] = seed % 2**64, place
+            self.philox.state = self.wound
+            self.generator.standard_exponential(out=row)
         return torch.from_numpy(np.maximum(times, np.finfo(np.float64).tiny, out=times))
 
 
