@@ -29,6 +29,7 @@ from leanseek.plan.memory import trainer_bytes
 from leanseek.post.sft import sft
 from leanseek.train.pretrain import pretrain
 from tests.oracle import ours, sample, tiny
+from tests.pool import Pool
 from tests.runs import make_run, model_of
 from tests.runs import tokenizer as small_tokenizer
 from tests.tiny import RECIPE, make_data
@@ -371,6 +372,35 @@ def test_stopping_changes_nothing_and_the_base_must_stay(base: Path, chats: Path
         leanseek.load_model(tmp_path / "whole")
 
 
+def tunes(rank: int, world: int, base: Path, chats: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    asked = ("lora.rank=4", "lora.experts=true", "stages.0.sequence_length=48", "train.micro_batch=2", *overrides)
+    return sft(base, chats, out, (*QUICK, *asked))
+
+
+def test_ranks_train_the_adapters_that_one_process_trains(pool: Pool, base: Path, chats: Path, tmp_path: Path) -> None:
+    smooth = "optimizer.eps=1e-3"  # else AdamW makes whole steps of gradients that are nothing but rounding
+    one = tunes(0, 1, base, chats, tmp_path / "one", smooth)
+    many = pool.run(3, tunes, base, chats, tmp_path / "many", smooth)
+    assert many[0]["params_trained"] == one["params_trained"]
+    assert many[0]["bpb"] == pytest.approx(one["bpb"], rel=1e-4)
+    ours, theirs = (adapters_of(tmp_path / name) for name in ("many", "one"))
+    learnt = max(float(tensor.abs().max()) for name, tensor in theirs.items() if name.endswith(B))
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=0, atol=1e-3 * learnt, msg=name)
+    written = [load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("many", "one")]
+    assert {name: t.shape for name, t in written[0].items()} == {name: t.shape for name, t in written[1].items()}
+    pool.run(3, tunes, base, chats, tmp_path / "stopped", smooth, "train.max_steps=2")
+    pool.run(3, tunes, base, chats, tmp_path / "stopped", smooth)
+    stopped = adapters_of(tmp_path / "stopped")
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in ours.items())
+
+
+def adapters_of(run: Path) -> dict[str, Tensor]:
+    newest = checkpoint.newest(run, pytest.fail)
+    assert newest is not None
+    return {name: tensor for file in newest.model.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
 def test_adapters_are_for_trained_weights(tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="beside weights that are trained already"):
         pretrain(read_recipe(str(RECIPE), ("lora.rank=4",)), make_data(tmp_path), tmp_path / "run")
@@ -385,6 +415,7 @@ def test_adapters_are_for_trained_weights(tmp_path: Path) -> None:
         ('lora.modules=["oproj"]', "no layer is called 'oproj' (did you mean 'o_proj'?)"),
         ("schedule.bias_speed=[{until=1,value=0.001}]", "beside adapters nothing changes"),
         ("optimizer.qk_clip=100", "beside adapters nothing changes"),
+        ("mesh.ep=2", "take mesh.dp alone"),
     ],
 )
 def test_adapters_that_make_no_sense_are_refused(

@@ -26,6 +26,7 @@ from leanseek.report import report
 from leanseek.serve.llm import LLM
 from leanseek.train.optim import build_optimizers
 from leanseek.train.schedule import Knobs
+from tests.pool import Pool
 from tests.runs import make_run, model_of
 from tests.runs import tokenizer as small_tokenizer
 from tests.tiny import RECIPE
@@ -204,6 +205,36 @@ def fox_pairs(count: int) -> list[dict[str, str]]:
         good.insert(dice.randint(0, len(good)), "fox")
         rows.append({"prompt": f"{i} {' '.join(some())}", "chosen": " ".join(good), "rejected": " ".join(bad)})
     return rows
+
+
+def learns(rank: int, world: int, run: Path, file: Path, out: Path, *overrides: str) -> dict[str, Any]:
+    asked = ("train.dtype=fp32", "optimizer.name=adamw", "train.eval_every=1000", "train.tokens=8000")
+    asked = (*asked, "schedule.batch_tokens=[{until=1,value=480}]", "schedule.learning_rate=[{until=1,value=3e-3}]")
+    return reward(run, file, out, (*asked, "stages.0.sequence_length=48", "train.micro_batch=4", *overrides))
+
+
+@pytest.mark.parametrize(("world", "mesh"), [(3, ()), (2, ("mesh.ep=2",))], ids=["dp", "ep"])
+def test_ranks_learn_the_preference_that_one_process_learns(
+    pool: Pool, tmp_path: Path, world: int, mesh: tuple[str, ...]
+) -> None:
+    model = model_of(small_tokenizer(), num_hidden_layers=2, first_k_dense_replace=1)
+    run = make_run(tmp_path / "run", model, small_tokenizer())
+    file = write(tmp_path / "pairs.jsonl", fox_pairs(100))
+    smooth = "optimizer.eps=1e-3"  # else AdamW makes whole steps of gradients that are nothing but rounding
+    one = learns(0, 1, run, file, tmp_path / "one", smooth)
+    many = pool.run(world, learns, run, file, tmp_path / "many", smooth, *mesh)
+    assert all(each == many[0] for each in many)
+    for name in ("accuracy", "accuracy_low", "params_total", "tokens", "pairs"):
+        assert many[0][name] == one[name], name
+    ours, theirs = (Scorer.load(tmp_path / name).model for name in ("many", "one"))
+    assert one["params_total"] == sum(parameter.numel() for parameter in theirs.parameters())
+    began = Scorer.load(tmp_path / "one").model
+    began.begin_with(model)
+    moved = max(
+        float((p - q).detach().abs().max()) for p, q in zip(theirs.parameters(), began.parameters(), strict=True)
+    )
+    for name, tensor in theirs.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-3 * moved, msg=name)
 
 
 def test_a_preference_is_learnt_and_stopping_changes_nothing(

@@ -94,7 +94,7 @@ def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks, cop
     whole = {}
     for name, tensor in tensors.items():
         mine = local(tensor).detach().cpu().contiguous()
-        if own[name].whole:
+        if _unshared(name, parts_of):
             if owner[name] == here:
                 whole[name] = mine.clone() if copied else mine
         elif owner[name] != here:
@@ -112,6 +112,11 @@ def gathered(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks, cop
     return whole
 
 
+def _unshared(name: str, parts_of: list[dict[str, Part]]) -> bool:
+    """Whether all ranks have a tensor whole. Of one with a single row, which they share, one rank has all."""
+    return all(theirs[name].whole for theirs in parts_of)
+
+
 def everywhere(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """Whole tensors on every rank, where they are, by name and one after the other.
 
@@ -121,7 +126,7 @@ def everywhere(tensors: dict[str, Tensor], own: dict[str, Part], ranks: Ranks) -
     parts_of = ranks.told(own, "shard")
     for name, tensor in tensors.items():
         mine = local(tensor).detach()
-        if group is None or own[name].whole:
+        if group is None or _unshared(name, parts_of):
             yield name, mine
             continue
         assembled = mine.new_empty(own[name].shape)

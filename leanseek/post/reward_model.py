@@ -7,6 +7,7 @@ anything. B rows · T tokens in a row.
 
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from leanseek.eval.statistics import interval
 from leanseek.model.layers import Linear
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE
-from leanseek.parallel.mesh import ALONE, Ranks, refuse_many
+from leanseek.parallel.apply import before_micro_batch
+from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.plan.count import flops_per_token, parameters
 from leanseek.post.sft import check_overrides, tokenizer_of, tuned
@@ -112,35 +114,37 @@ def preference_loss(chosen: Tensor, rejected: Tensor) -> Tensor:
 def reward(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Trains OUT, a reward model, on a file of pairs, from RUN's weights or from where OUT stopped.
 
-    Returns its receipt, whose `accuracy` is that on held-out pairs. Raises BadInput, OSError.
+    Returns its receipt, whose `accuracy` is that on held-out pairs. Raises BadInput, OSError. Under torchrun every
+    process calls it.
     """
-    refuse_many("reward")
     if out.resolve() == run.resolve():
         raise BadInput(f"{out}: it would train onto the run it begins with: take another folder")
     begun_with = checkpoint.read_run(run)
     config = parse(to_toml(for_pairs(begun_with)), f"reward of {run}", list(overrides))
     check_overrides(config, begun_with, f"reward of {run}")
-    if config.teacher is not None or config.lora is not None:
-        raise BadInput(f"reward of {run}: neither a teacher nor adapters here: leave teacher.* and lora.* out")
+    _check(config, f"reward of {run}")
     tokenizer = tokenizer_of(run, config)
-    training, held_out, too_long, same = open_pairs(file, tokenizer, longest_of(config.stages))
-    for count, what in ((too_long, "longer than a row"), (same, "of the same chat twice")):
-        if count:
-            print(f"warning: left out {count:,} pairs {what}", file=sys.stderr)
-    if not any(override.partition("=")[0].strip() == "train.tokens" for override in overrides):
-        width = config.stages[0].sequence_length
-        rows = len(PairLoader(training, config.stages, 1, 0, 0).rows(0))
-        train = config.train.model_copy(update={"tokens": EPOCHS * 2 * rows * width})
-        config = config.model_copy(update={"train": train})
-    with checkpoint.lock(out):
-        fingerprint = fingerprint_of(file)
-        config = take_up(out, config, fingerprint, run / "tokenizer", file, begun_with=run, scores=True)
+    with joined(config.mesh.timeout) as everyone, ExitStack() as held:
+        longest = longest_of(config.stages)
+        training, held_out, too_long, same = together(lambda: open_pairs(file, tokenizer, longest), everyone)
+        lead(lambda: _warn((too_long, "longer than a row"), (same, "of the same chat twice")), everyone)
+        if not any(override.partition("=")[0].strip() == "train.tokens" for override in overrides):
+            width = config.stages[0].sequence_length
+            rows = len(PairLoader(training, config.stages, 1, 0, 0).rows(0))
+            train = config.train.model_copy(update={"tokens": EPOCHS * 2 * rows * width})
+            config = config.model_copy(update={"train": train})
+        world = divide(config, size_of(everyone)).world
+        lead(lambda: held.enter_context(checkpoint.lock(out)), everyone)
+        given = config, fingerprint_of(file), run / "tokenizer", file
+        config = lead(lambda: take_up(out, *given, begun_with=run, ranks=world, scores=True), everyone)
+        ranks = ranks_of(config)
         base = Transformer(config.model)
         checkpoint.load_newest(run, base)
         model = RewardModel(config.model, DTYPES[config.train.dtype])
         model.begin_with(base)
         del base
-        _, optimizers, _ = ready(config, model)
+        size = sum(parameter.numel() for parameter in model.parameters())
+        _, optimizers, _ = ready(config, model, ranks)
         loader = PairLoader(training, config.stages, config.train.tokens, config.train.seed, tokenizer.pad_id)
         scorer = Scorer(model, tokenizer)
         length = round(float(np.square(training.lengths).sum() / training.lengths.sum()))
@@ -148,15 +152,28 @@ def reward(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> d
         what = f"{len(training):,} pairs, {len(held_out):,} held out"
         receipt = train_and_bill(
             out, config, model, optimizers, loader, lambda _: _mean(right(scorer, held_out)), lambda *_: flops, what,
-            step=reward_step, measure="accuracy",
+            ranks, step=reward_step, measure="accuracy",
         )  # fmt: skip
-        counted: dict[str, float] = {"params_total": sum(p.numel() for p in model.parameters()), "params_mtp": 0}
+        counted: dict[str, float] = {"params_total": size, "params_mtp": 0}
         counted["params_activated"] = parameters(config.model).activated - parameters(config.model).head
         if receipt["ended"] != "interrupted":
             _, low, high = interval(right(scorer, held_out))
             counted |= {"pairs": len(training), "held_out": len(held_out), "accuracy_low": low, "accuracy_high": high}
-        checkpoint.write_json(out / "receipt.json", receipt | counted)
+        lead(lambda: checkpoint.write_json(out / "receipt.json", receipt | counted), everyone)
         return receipt | counted
+
+
+def _check(config: Config, where: str) -> None:
+    if config.teacher is not None or config.lora is not None:
+        raise BadInput(f"{where}: neither a teacher nor adapters here: leave teacher.* and lora.* out")
+    if config.mesh.pp > 1 or config.mesh.cp > 1:
+        raise BadInput(f"{where}: every rank reads whole chats through the whole model: take mesh.dp and mesh.ep")
+
+
+def _warn(*left_out: tuple[int, str]) -> None:
+    for count, what in left_out:
+        if count:
+            print(f"warning: left out {count:,} pairs {what}", file=sys.stderr)
 
 
 def for_pairs(config: Config) -> Config:
@@ -183,19 +200,21 @@ def reward_step(
     """One optimizer step on double rows [B, T] as `PairLoader` makes them; the loss is nats per pair."""
     assert isinstance(model, RewardModel)
     assert positions is not None
-    assert ranks.world == 1
     assert pipeline is None
     model.train()
-    pairs, total = int((targets != IGNORE).sum()) // 2, 0.0
+    pairs = int(ranks.total((targets != IGNORE).sum())) // 2
     at_once = 2 * max(1, config.train.micro_batch // 2)
-    for first in range(0, ids.shape[0], at_once):
-        rows = slice(first, first + at_once)
+    micro_batches = -(-int(ranks.largest(torch.tensor(ids.shape[0], device=ids.device))) // at_once)
+    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    for number in range(micro_batches):
+        before_micro_batch(model, number == micro_batches - 1, config)
+        rows = slice(number * at_once, (number + 1) * at_once)
         scores = model.scores(ids[rows], positions[rows], None if segments is None else segments[rows])
         ends = targets[rows] != IGNORE  # the same number in both rows of a pair, in the same order
         loss = preference_loss(scores[::2][ends[::2]], scores[1::2][ends[1::2]])
         (loss / pairs).backward()
-        total += loss.item()
-    return update(model, optimizers, [total / pairs], knobs, config, ranks, limits)
+        total += loss.detach()
+    return update(model, optimizers, [ranks.total(total).item() / pairs], knobs, config, ranks, limits)
 
 
 def right(scorer: Scorer, pairs: Pairs) -> list[float]:

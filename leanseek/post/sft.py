@@ -54,7 +54,7 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
     with joined(config.mesh.timeout) as everyone, ExitStack() as held:
         check_teacher(config, tokenizer, size_of(everyone))
         if config.lora is not None:
-            _check_adapters(config, size_of(everyone))
+            _check_adapters(config)
         weights = lead(lambda: checkpoint.newest_weights(run), everyone)
         if config.lora is not None:
             config = config.model_copy(update={"lora": resting(config.lora, run)})
@@ -76,7 +76,7 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
             model, optimizers, pipeline = build(config, ranks, drawn=False)
             checkpoint.load_weights(weights, model, ranks)
         else:
-            model, optimizers, pipeline = build_adapted(config, out)
+            model, optimizers, pipeline = build_adapted(config, out, ranks)
         scorer = model if pipeline is None else pipeline.nats
         before = _standing(model, answers) if ranks.world == 1 else None
         teacher = teacher_of(config, tokenizer)
@@ -94,12 +94,13 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
 
         step = partial(train_step, teacher=teacher)
         receipt = train_and_bill(out, config, model, optimizers, loader, evaluate, flops, what, ranks, pipeline, step)
-        if receipt["ended"] != "interrupted" and before is not None:
-            receipt |= {"before": before, "after": _standing(model, answers)}
+        if receipt["ended"] != "interrupted":
+            if before is not None:
+                receipt |= {"before": before, "after": _standing(model, answers)}
             if config.lora is not None:
-                write_adapter(out, run)
+                lead(lambda: write_adapter(out, run), everyone)
                 receipt["params_trained"] = adaptation(config.model, config.lora).adapters
-            checkpoint.write_json(out / "receipt.json", receipt)
+            lead(lambda: checkpoint.write_json(out / "receipt.json", receipt), everyone)
         return receipt
 
 
@@ -146,9 +147,9 @@ def tuned(config: Config, adapters: bool = False) -> Config:
     )
 
 
-def _check_adapters(config: Config, processes: int) -> None:
-    if processes > 1:
-        raise BadInput(f"lora.*: one process trains adapters, here are {processes}: start it without torchrun")
+def _check_adapters(config: Config) -> None:
+    if max(config.mesh.pp, config.mesh.cp, config.mesh.ep) > 1:
+        raise BadInput("lora.*: every rank holds the frozen matrices whole: take mesh.dp alone")
     if config.train.dtype == "fp8":
         raise BadInput(
             "lora.*: adapters are trained in bf16 or fp32 (how the base rests is lora.base): set train.dtype"

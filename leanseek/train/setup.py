@@ -96,10 +96,11 @@ def build(
     return ready(config, model, ranks, weights)
 
 
-def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimizer], None]:
+def build_adapted(config: Config, run: Path, ranks: Ranks = ALONE) -> tuple[Transformer, list[Optimizer], None]:
     """The weights that RUN's adapters are for, frozen, with new adapters, and the optimizers of those; no pipeline.
 
-    Never is all of it wide. Raises BadInput where those weights are gone.
+    Never is all of it wide. Of several ranks each has all frozen matrices; they share the rest and the adapters. Raises
+    BadInput where those weights are gone.
     """
     assert config.lora is not None
     stored, device = open_folder(checkpoint.base_of(run)), config.train.device
@@ -111,7 +112,7 @@ def build_adapted(config: Config, run: Path) -> tuple[Transformer, list[Optimize
     with torch.device("meta"):
         model = Transformer(config.model, DTYPES[config.train.dtype])
     adapt(model, config.lora, read, torch.Generator().manual_seed(config.train.seed))
-    model, optimizers, _ = ready(config, model)
+    model, optimizers, _ = ready(config, model, ranks)
     return model, optimizers, None
 
 
