@@ -18,7 +18,7 @@ from leanseek.config import BadInput
 from leanseek.parallel.mesh import Division, Ranks, ranks_of
 from leanseek.parallel.parts import everywhere, parts
 from leanseek.post import rl_step
-from leanseek.post.grpo import grpo, share_of
+from leanseek.post.grpo import grpo
 from leanseek.post.objective import policy_terms
 from leanseek.post.rl_log import read
 from leanseek.post.rl_step import Learnt, learn
@@ -114,13 +114,6 @@ def test_planted_faults_are_seen(pool: Pool, fault: str, before: dict[str, np.nd
     one = steps(0, 1, (), {})
     many = pool.run(2, steps, (), {}, fault)
     assert max(apart(one, each, before) for each in many) > 0.01
-
-
-def test_shares_are_neighbours_and_whole() -> None:
-    for count in (0, 1, 5, 8):
-        shares = [share_of(count, Ranks(Division(dp=3), rank)) for rank in range(3)]
-        assert [i for share in shares for i in range(count)[share]] == [*range(count)]
-        assert max(len(range(count)[share]) for share in shares) == -(-count // 3)
 
 
 # ── a run ─────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -37,6 +37,7 @@ from leanseek.config import (
     to_toml,
 )
 from leanseek.data.chats import fingerprint_of
+from leanseek.data.loader import part_of
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.tasks import read_task
 from leanseek.eval.verify import Verifier
@@ -105,9 +106,13 @@ def grpo(
 
         def validate() -> list[bool]:
             assert held_out is not None
-            mine = held_out.items[share_of(len(held_out), ranks)]
-            answers = rollouts.draw(mine, [0] * len(mine), 0.0, lambda: False)
-            told = ranks.told([*map(Correct(verifier).right, answers)])
+            mine = [held_out.items[i] for i in part_of(0, len(held_out), ranks.place["dp"], ranks.division.dp)]
+
+            def answered() -> list[bool]:
+                answers = rollouts.draw(mine, [0] * len(mine), 0.0, lambda: False)
+                return [*map(Correct(verifier).right, answers)]
+
+            told = ranks.told(together(answered, everyone))
             return [right for theirs in told for right in theirs]
 
         with RLLog(out, settings.steps, silent=not ranks.first) as log:
@@ -239,8 +244,9 @@ class Explorer:
         self, asked: Sequence[Question], seeds: Sequence[int], asked_to_stop: Callable[[], bool]
     ) -> tuple[list[Answer], Earned]:
         """All answers and what they earn; every rank draws and rewards those to its share of the questions."""
-        groups = share_of(len(asked) // self.settings.group, self.ranks)
-        mine = slice(groups.start * self.settings.group, groups.stop * self.settings.group)
+        group, place, ways = self.settings.group, self.ranks.place["dp"], self.ranks.division.dp
+        groups = part_of(0, len(asked) // group, place, ways)
+        mine = slice(groups.start * group, groups.stop * group)
 
         def work() -> tuple[list[Answer], Earned] | None:
             try:
@@ -260,12 +266,6 @@ class Explorer:
             for name, values in theirs.parts.items():
                 found.parts[name].extend(values)
         return answers, found
-
-
-def share_of(count: int, ranks: Ranks) -> slice:
-    """Which of so many things in a row are this rank's: as many as others', and in the order of the ranks."""
-    place, ways = ranks.place["dp"], ranks.division.dp
-    return slice(count * place // ways, count * (place + 1) // ways)
 
 
 # ── the loop ──────────────────────────────────────────────────────────────────────────────────────────────────────
