@@ -90,7 +90,8 @@ def ours(run: Path, task: Path, out: Path, steps: int, seed: int) -> dict[str, A
         (
             "train.device=cpu", "train.dtype=fp32", "train.micro_batch=128", f"train.seed={seed}",
             f"grpo.steps={steps}", f"grpo.prompts={PROMPTS}", f"grpo.group={GROUP}", f"grpo.max_tokens={LONGEST}",
-            "grpo.kl_weight=0", "train.checkpoint_every=1000", f"schedule.learning_rate=[{{until=1,value={RATE}}}]",
+            "grpo.kl_weight=0", f"rollout.at_once={PROMPTS * GROUP}",
+            "train.checkpoint_every=1000", f"schedule.learning_rate=[{{until=1,value={RATE}}}]",
         ),
     )  # fmt: skip
     rows, _ = read(out)

@@ -64,11 +64,19 @@ def stories(folder: Path) -> Path:
 # ── variants ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+NUDGES: dict[str, Callable[[Tensor], Tensor]] = {
+    "up": lambda weight: torch.full_like(weight, float("inf")),
+    "down": lambda weight: torch.full_like(weight, -float("inf")),
+    "outward": lambda weight: torch.full_like(weight, float("inf")).copysign(weight),
+    "inward": torch.zeros_like,
+}
+
+
 @torch.no_grad()
-def nudge(model: Transformer, towards: float) -> None:
+def nudge(model: Transformer, way: str) -> None:
     """Every weight to the next number in one direction."""
     for parameter in model.parameters():
-        parameter.copy_(torch.nextafter(parameter, torch.full_like(parameter, towards)))
+        parameter.copy_(torch.nextafter(parameter, NUDGES[way](parameter)))
 
 
 @contextmanager
@@ -128,7 +136,7 @@ COARSER = {
     "one scale per tensor": ("scales_of", one_scale_for_all),
     "gradients in blocks": ("quantised", gradients_in_blocks),
 }
-FLOOR = ("bf16", "bf16, an ulp up", "bf16, an ulp down")
+FLOOR = ("bf16", *(f"bf16, an ulp {way}" for way in NUDGES))
 
 
 def losses(variant: str, data: Path, stop: int = STEPS) -> list[float]:
@@ -136,8 +144,8 @@ def losses(variant: str, data: Path, stop: int = STEPS) -> list[float]:
     config = read_recipe("nano", (*SHAPE, f"train.dtype={'bf16' if variant in FLOOR else 'fp8'}"))
     shards = open_data(data)
     model, optimizers, loader, _ = assemble(config, shards, Tokenizer.load(shards.tokenizer_folder))
-    if variant.endswith(("ulp up", "ulp down")):
-        nudge(model, float("inf") if variant.endswith("up") else -float("inf"))
+    if variant in FLOOR[1:]:
+        nudge(model, variant.rpartition(" ")[2])
     found = []
     with instead(*(FAULTS | COARSER).get(variant, ("matmul", lambda same: same))):
         for step in range(stop):

@@ -7,6 +7,7 @@ a token. Answers are padded on the right, where a causal model does not look.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,22 +32,24 @@ def padded(answers: Sequence[Answer], device: torch.device) -> Padded:
     """Rows for answers, as long as the longest of them needs. There may be none: other ranks have some then."""
     longest = max((len(answer.question.prompt) + len(answer.tokens) for answer in answers), default=2) - 1
     shape = len(answers), longest
-    ids, targets = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.int64)
-    mask, drawn = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape)
+    ids, targets = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
+    mask, drawn = np.zeros(shape, np.bool_), np.zeros(shape, np.float32)
     told = [answer.experts for answer in answers if answer.experts is not None]
     experts = None
     if told and len(told) == len(answers):
-        experts = torch.full((*shape, *told[0].shape[1:]), -1, dtype=torch.int64)
+        experts = np.full((*shape, *told[0].shape[1:]), -1, np.int64)
     for row, answer in enumerate(answers):
-        whole = torch.tensor(answer.question.prompt + answer.tokens)
-        end = len(whole) - 1
-        own = slice(len(answer.question.prompt) - 1, end)
-        ids[row, :end], targets[row, own] = whole[:-1], whole[own.start + 1 :]
-        mask[row, own], drawn[row, own] = True, torch.tensor(answer.logprobs)
+        first, end = len(answer.question.prompt) - 1, len(answer.question.prompt) + len(answer.tokens) - 1
+        ids[row, : first + 1], ids[row, first + 1 : end] = answer.question.prompt, answer.tokens[:-1]
+        targets[row, first:end], mask[row, first:end], drawn[row, first:end] = answer.tokens, True, answer.logprobs
         if experts is not None and answer.experts is not None:
-            experts[row, own] = answer.experts.to(torch.int64)
-    there = None if experts is None else experts.to(device)
-    return Padded(ids.to(device), targets.to(device), mask.to(device), drawn.to(device), there)
+            experts[row, first:end] = answer.experts
+
+    def there(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values).to(device)
+
+    told_of = None if experts is None else there(experts)
+    return Padded(there(ids), there(targets), there(mask), there(drawn), told_of)
 
 
 @dataclass(frozen=True)
