@@ -55,7 +55,7 @@ class Server:
                     self.read()
                     return {"results": [None]}
                 case "/reset_prefix_cache":
-                    return None
+                    return {"success": True}
                 case "/inference/v1/generate":
                     return {"choices": [self.draw(body["token_ids"], body["sampling_params"])]}
         raise AssertionError(path)

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
@@ -316,13 +316,22 @@ def _train(
             saved = replace(progress)
             lead(lambda: _forget_references(run, progress.reference), ranks.group("world"))
 
+    @contextmanager
+    def answers_or_saved() -> Iterator[None]:
+        try:
+            yield
+        except BadInput:
+            save()
+            raise
+
     with stop_signals() as signals:
         while True:
             asked_to_stop = ranks.any(bool(signals))
             ending = _ending(config, settings, progress, clock, asked_to_stop)
             due = ending in ("complete", "max_steps", "max_seconds") or progress.step % config.train.eval_every == 0
             if validate is not None and due and not asked_to_stop and progress.dev_step != progress.step:
-                right = validate()
+                with answers_or_saved():
+                    right = validate()
                 progress.dev, progress.dev_step = fmean(right), progress.step
                 log.answered(progress.step, progress.dev, len(right))
             if ending is not None or progress.step % config.train.checkpoint_every == 0:
@@ -332,12 +341,10 @@ def _train(
 
             begun = time.monotonic()
             try:
-                seen = explorer.explore(progress.sample, lambda: bool(signals))
+                with answers_or_saved():
+                    seen = explorer.explore(progress.sample, lambda: bool(signals))
             except Interrupted:
                 continue
-            except BadInput:
-                save()
-                raise
             drawn = time.monotonic()
             now = knobs(config.schedule, progress.step + 0.5, settings.steps)
             learnt = Learnt()
