@@ -123,6 +123,7 @@ class VLLMRollouts:
             "logprobs": 0,
             "detokenize": bool(self.stop),
             "stop": list(self.stop),
+            "skip_special_tokens": False,  # a stop string may be spelt by one
         }
         reply = self._post("inference/v1/generate", {"token_ids": question.prompt, "sampling_params": sampling})
         try:
@@ -167,7 +168,9 @@ class VLLMRollouts:
         except urllib.error.HTTPError as error:
             with error:
                 said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
-            raise BadInput(f"{url}: HTTP {error.code} {said}: is it vLLM, begun with VLLM_SERVER_DEV_MODE=1?") from None
+            raise BadInput(
+                f"{url}: HTTP {error.code} {said}: is it vLLM with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out?"
+            ) from None
         except (OSError, HTTPException) as error:
             raise BadInput(f"{url}: {error}: see whether vLLM is up; what was learnt is saved") from None
         try:
