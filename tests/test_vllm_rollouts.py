@@ -180,8 +180,7 @@ def test_a_server_that_dies_costs_the_step_at_hand(run: Path, server: Server, tm
     assert newest is not None
     assert (len(steps), newest.state()["step"]) == (2, 2)  # of four
     server.reads_left = 1000
-    receipt = grpo(run, task, tmp_path / "out", asked_of(server, *often), task if with_dev else None, (Letters(),))
-    assert receipt["ending"] == "complete"
+    grpo(run, task, tmp_path / "out", asked_of(server, *often), task if with_dev else None, (Letters(),))
     assert [row["step"] for row in read(tmp_path / "out")[0]] == [1, 2, 3, 4]
 
 

@@ -36,6 +36,7 @@ from leanseek.post.rollout import Answer, Interrupted, Question
 from leanseek.serve.writer import Writer
 
 NOT_A_NUMBER = -9999.0  # what vLLM says of a log-probability that is none
+NOT_AS_BEGUN = "is it vLLM, begun with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out?"
 PATIENCE = 1.0  # seconds between two looks whether somebody asked to stop
 
 
@@ -168,9 +169,8 @@ class VLLMRollouts:
         except urllib.error.HTTPError as error:
             with error:
                 said = " ".join(error.read(2000).decode("utf-8", "replace").split())[:200]
-            raise BadInput(
-                f"{url}: HTTP {error.code} {said}: is it vLLM with VLLM_SERVER_DEV_MODE=1 and --enable-scale-out?"
-            ) from None
+            so = "see its log; what was learnt is saved" if error.code >= 500 else NOT_AS_BEGUN
+            raise BadInput(f"{url}: HTTP {error.code} {said}: {so}") from None
         except (OSError, HTTPException) as error:
             raise BadInput(f"{url}: {error}: see whether vLLM is up; what was learnt is saved") from None
         try:
