@@ -38,7 +38,7 @@ SHAPES = ("model.kv_lora_rank=512", "model.qk_rope_head_dim=64")
 OF_SFT = (*HERE, "train.tokens=500000", "schedule.batch_tokens=[{until=1,value=2048}]")
 OF_GRPO = (
     *HERE, "grpo.max_tokens=16", "grpo.prompts=16", "grpo.group=8", "grpo.kl_weight=0", "grpo.importance_cap=2",
-    "schedule.learning_rate=[{until=1,value=1e-4}]",
+    "schedule.learning_rate=[{until=1,value=2e-5}]",
 )  # fmt: skip
 # CPU_MLA is vLLM's latent attention in FP32. Its own kernels are left out: that for RoPE without YaRN reads queries as
 # if the heads' rotary parts lay side by side.
