@@ -26,6 +26,7 @@ from leanseek.post.rl_log import read
 from leanseek.post.rollout import EngineRollouts, Interrupted, Question
 from leanseek.post.vllm import VLLMRollouts
 from leanseek.serve.llm import load_model
+from tests.pool import Pool
 from tests.runs import config_of, make_run, model_of, tokenizer
 from tests.test_grpo_run import QUIET, Letters, write
 
@@ -156,6 +157,19 @@ def test_a_run_whose_answers_come_from_the_server(run: Path, server: Server, tmp
     assert all(row["logprob_gap"] < 1e-4 for row in steps)
     assert all(row["experts_differ"] == 0 for row in steps)
     assert server.reads == 1 + 2  # its own start, and before each step
+    assert [path for path in server.asked if "generate" not in path] == ["/collective_rpc", "/reset_prefix_cache"] * 2
+
+
+def asks(rank: int, world: int, run: Path, task: Path, out: Path, *overrides: str) -> None:
+    grpo(run, task, out, overrides, None, (Letters(),))
+
+
+def test_ranks_share_a_server(pool: Pool, run: Path, server: Server, tmp_path: Path) -> None:
+    asked = asked_of(server, "grpo.steps=2", "grpo.router_replay=true", "mesh.ep=2")
+    pool.run(2, asks, run, foxes(tmp_path), tmp_path / "out", *asked)
+    steps, _ = read(tmp_path / "out")
+    assert all(row["logprob_gap"] < 1e-4 for row in steps)
+    assert all(row["experts_differ"] == 0 for row in steps)
     assert [path for path in server.asked if "generate" not in path] == ["/collective_rpc", "/reset_prefix_cache"] * 2
 
 
