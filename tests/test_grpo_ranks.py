@@ -144,8 +144,9 @@ def runs(rank: int, world: int, run: Path, task: Path, out: Path, *overrides: st
 def test_a_run_on_ranks_answers_and_learns_as_one_process(
     pool: Pool, run: Path, task: Path, tmp_path: Path, world: int, mesh: tuple[str, ...]
 ) -> None:
-    one = runs(0, 1, run, task, tmp_path / "one", SMOOTH)
-    many = pool.run(world, runs, run, task, tmp_path / "many", SMOOTH, *mesh)
+    asked = SMOOTH, "grpo.reference_every=2"
+    one = runs(0, 1, run, task, tmp_path / "one", *asked)
+    many = pool.run(world, runs, run, task, tmp_path / "many", *asked, *mesh)
     assert all(each == many[0] for each in many)
     assert (tmp_path / "one/samples.jsonl").read_text() == (tmp_path / "many/samples.jsonl").read_text()
     for ours, theirs in zip(read(tmp_path / "many")[0], read(tmp_path / "one")[0], strict=True):

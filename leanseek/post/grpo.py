@@ -42,7 +42,6 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.tasks import read_task
 from leanseek.eval.verify import Verifier
 from leanseek.model.transformer import Transformer
-from leanseek.parallel.apply import forget_gathered
 from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.parallel.parts import everywhere, parts
 from leanseek.plan.count import flops_per_token, parameters
@@ -463,7 +462,6 @@ def _reference(
 
 def _renew_reference(run: Path, progress: RLProgress, model: Transformer, reference: Transformer, ranks: Ranks) -> None:
     """The model at hand becomes the reference, and is kept: a run that goes on needs the same."""
-    forget_gathered(reference)  # the old weights
     reference.load_state_dict(model.state_dict())
     progress.reference = progress.step
     checkpoint.save_weights(_reference_folder(run, progress.reference), model, ranks)

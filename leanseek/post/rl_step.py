@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from leanseek.config import Config, GRPOConfig, ModelConfig
 from leanseek.model.moe import max_violation
 from leanseek.model.transformer import Transformer
-from leanseek.parallel.apply import before_micro_batch, forget_gathered
+from leanseek.parallel.apply import before_micro_batch
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.post.objective import Terms, advantages, policy_terms
 from leanseek.post.policy import Judged, Padded, differ, judge, padded
@@ -72,7 +72,6 @@ def learn(
         with torch.no_grad():
             for some in (some for part in parts for some in part.pieces):
                 old[some] = judge(model, rows_of(some), closed, replay).logprobs
-        forget_gathered(model)
     tally = _Tally(model.config, ranks)
     for part in parts:
         for number, some in enumerate(part.pieces):
