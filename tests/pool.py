@@ -52,7 +52,7 @@ class Pool:
         self.workers: list[tuple[Any, Connection]] = []
         self.cases = 0
 
-    def run(self, world: int, function: Callable[..., Any], *args: Any, seconds: float = 90.0) -> list[Any]:
+    def run(self, world: int, function: Callable[..., Any], *args: Any, seconds: float = 240.0) -> list[Any]:
         """`function(rank, world, *args)` on ranks 0 … world − 1 of a new group; the answers by rank.
 
         Raises RanksFailed with what every failed rank said, the one first whose failure is its own.

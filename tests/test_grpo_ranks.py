@@ -248,7 +248,7 @@ def test_torchrun_ends_with_a_checkpoint_when_it_is_told_to(run: Path, task: Pat
         if "step 2" in line:
             break
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     kept = checkpoint.newest(out, pytest.fail)
     assert kept is not None
     assert kept.step >= 1

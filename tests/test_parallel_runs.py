@@ -331,7 +331,7 @@ def test_torchrun_ends_with_a_checkpoint_when_it_is_told_to(data: Path, tmp_path
         if "step 1 ·" in line:
             break
     process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     newest = checkpoint.newest(run, pytest.fail)
     assert newest is not None
     assert newest.state()["step"] >= 1
@@ -344,10 +344,10 @@ def test_torchrun_ends_with_a_checkpoint_when_it_is_told_to(data: Path, tmp_path
 def test_torchrun_tells_bad_input_once(data: Path, tmp_path: Path) -> None:
     given = ["pretrain", str(RECIPE), "--data", str(data), "--out", str(tmp_path / "run"), "mesh.ep=3"]
     process = torchrun(2, *given)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert err.count("leanseek: ") == 1
     assert "exitcode  : 2" in err
     assert process.returncode != 0
     process = torchrun(2, "pretrain", "nonesuch", "--data", str(data), "--out", str(tmp_path / "run"))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert err.count("leanseek: no recipe") == 1
