@@ -297,7 +297,8 @@ class Engine:
         read: list[tuple[Entry, int]] = []
         of = []  # for each prompt, the row of `read` that is like it
         for entry, count in group:
-            known = (entry.read, *entry.tokens[: entry.read + count])
+            # The MTP module sees one token more.
+            known = (entry.read, *entry.tokens[: entry.read + count + self.speculates])
             if known not in first:
                 first[known] = len(read)
                 read.append((entry, count))
@@ -320,9 +321,9 @@ class Engine:
         where = [of[row] for row in done], [group[row][1] - 1 for row in done]
         hidden_of_last = hidden[where].to(self.runner.dtype)
         if self.tells_experts:
-            experts = torch.stack(list(chosen.values())).unflatten(1, (-1, longest)).cpu().numpy()  # [L, B, T, K]
-            for request, row, t in zip(answered, *where, strict=True):
-                request.experts.append(experts[:, row, t])
+            experts = torch.stack(list(chosen.values())).unflatten(1, (-1, longest))[:, *where]  # [L, done, K]
+            for request, own in zip(answered, experts.cpu().numpy().swapaxes(0, 1), strict=True):
+                request.experts.append(own)
         tokens = self.choose(self.runner.logits(hidden_of_last), answered) if done else []
         followed = [[self._push(request, token)] for request, token in zip(answered, tokens, strict=True)]
         if self.speculates and done:
