@@ -214,10 +214,11 @@ class ScheduleConfig(Section):
     batch_tokens: tuple[Piece, ...] = Field(min_length=1)
     bias_speed: tuple[Piece, ...] = Field((Piece(until=1, value=0.001),), min_length=1)
     mtp_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.3),), min_length=1)
+    count_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.0),), min_length=1)  # share of the counts, 0 to 1
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        for name in ("learning_rate", "batch_tokens", "bias_speed", "mtp_weight"):
+        for name in ("learning_rate", "batch_tokens", "bias_speed", "mtp_weight", "count_weight"):
             pieces = getattr(self, name)
             if any(a.until >= b.until for a, b in itertools.pairwise(pieces)):
                 raise ValueError(f"{name}: `until` must grow from piece to piece")
@@ -225,6 +226,8 @@ class ScheduleConfig(Section):
                 raise ValueError(f"{name}: with unit = 'fraction' `until` may not pass 1")
         if any(piece.value < 1 for piece in self.batch_tokens):
             raise ValueError("batch_tokens: a batch has at least one token")
+        if any(piece.value > 1 for piece in self.count_weight):
+            raise ValueError("count_weight: a share of the loss is at most 1")
         return self
 
 
@@ -276,6 +279,13 @@ class TeacherConfig(Section):
     run: str
     top_k: int = Field(64, gt=0)
     weight: float = Field(0.5, gt=0, le=1)  # of the divergence from it; the rest is the text's own cross-entropy
+
+
+class CountsConfig(Section):
+    """N-grams of the training text to learn from, with `schedule.count_weight` of the loss: not V3."""
+
+    order: int = Field(4, ge=2)  # tokens of the longest n-gram
+    tokens: int = Field(20_000_000, gt=0)  # of the text that are counted at most
 
 
 class LoraConfig(Section):
@@ -359,6 +369,7 @@ class Config(Section):
     rollout: RolloutConfig | None = None
     cost: CostConfig = CostConfig()
     teacher: TeacherConfig | None = None
+    counts: CountsConfig | None = None
     lora: LoraConfig | None = None
 
     @model_validator(mode="after")
@@ -370,6 +381,10 @@ class Config(Section):
             raise ValueError(f"stages: sequence_length {longest} is above model.max_position_embeddings")
         if self.model.num_nextn_predict_layers >= min(stage.sequence_length for stage in self.stages):
             raise ValueError("model.num_nextn_predict_layers must be below the sequence length")
+        if self.counts is None and any(piece.value for piece in self.schedule.count_weight):
+            raise ValueError("schedule.count_weight has nothing to weigh: set counts.order, or leave it out")
+        if self.counts is not None and (self.mesh.pp > 1 or self.mesh.cp > 1 or self.teacher is not None):
+            raise ValueError("counts go with whole rows on one rank, and with no teacher: mesh.pp=1, mesh.cp=1")
         return self
 
 

@@ -630,7 +630,7 @@ def test_mtp_at_rest_costs_nothing() -> None:
 
 def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
     class Here:
-        """Instead of a process: a run takes a second, and nine with MTP."""
+        """Instead of a process: a run takes a second, nine with MTP, and twice as long where counts teach."""
 
         def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -640,17 +640,20 @@ def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.Monkey
         def __exit__(self, *_: object) -> None: ...
 
         def submit(self, *asked: object) -> "Here":
-            self.mtp = asked[-1]
+            self.mtp, self.counted = asked[-2:]
             return self
 
         def result(self) -> float:
-            return 9.0 if self.mtp else 1.0
+            return (9.0 if self.mtp else 1.0) * (2 if self.counted else 1)
 
     monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
     late = replace(
         TINY_ROW, overrides=(*TINY_ROW.overrides, "schedule.mtp_weight=[{until=0.75,value=0},{until=1,value=0.3}]")
     )
     assert speed.speed_of(late, data.folder, "fp32") == pytest.approx(0.75 * 1 + 0.25 * 9)
+    counts = "counts.order=3", "schedule.count_weight=[{until=0.5,value=1},{until=1,value=0}]"
+    taught = replace(late, overrides=(*late.overrides, *counts))
+    assert speed.speed_of(taught, data.folder, "fp32") == pytest.approx(0.5 * 2 + 0.25 * 1 + 0.25 * 9)
     assert speed.speed_of(BEST_ROW, data.folder, "fp32") == 1.0
 
 

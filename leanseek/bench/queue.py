@@ -34,7 +34,7 @@ from leanseek.bench.rows import (
     settings_of,
     vocabulary,
 )
-from leanseek.bench.speed import measure_speed
+from leanseek.bench.speed import counting_cpu_seconds, measure_speed
 from leanseek.bench.track import Track, data_of_track
 from leanseek.checkpoint import write_json
 from leanseek.config import BadInput
@@ -313,8 +313,9 @@ def _speeds(place: Place, rows: tuple[Row, ...]) -> dict[str, Any]:
             "dtype": dtype,
             "cpu_seconds_per_token": median(rounds),
             "rounds": rounds,
+            "counting_cpu_seconds": counting_cpu_seconds(row, folder),
         }
-        for row, dtype, rounds in zip(rows, dtypes, measured, strict=True)
+        for row, folder, dtype, rounds in zip(rows, folders, dtypes, measured, strict=True)
     }
 
 

@@ -1,5 +1,6 @@
 """The rows of the ledger: the controls, V3 as published, ours. Any further recipe is one more line."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -155,9 +156,16 @@ def shape(row: Row) -> tuple[int, float]:
 
 def mtp_share(config: Config) -> float:
     """Which share of a run's tokens the MTP modules learn from, to a thousandth; else they are at rest."""
-    budget = config.train.tokens
-    at = [knobs(config.schedule, budget * (i + 0.5) / 1000, budget).mtp_weight for i in range(1000)]
-    return sum(weight > 0 for weight in at) / 1000 if config.model.num_nextn_predict_layers else 0.0
+    return sum(share for (mtp, _), share in kinds_of_steps(config).items() if mtp)
+
+
+def kinds_of_steps(config: Config) -> dict[tuple[bool, bool], float]:
+    """Which share of a run's tokens, to a thousandth, the MTP modules learn from or rest, and counts teach or not."""
+    budget, found = config.train.tokens, Counter[tuple[bool, bool]]()
+    for i in range(1000):
+        now = knobs(config.schedule, budget * (i + 0.5) / 1000, budget)
+        found[bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0), now.count_weight > 0] += 1
+    return {kind: times / 1000 for kind, times in found.items()}
 
 
 def settings_of(row: Row, tokens: int, rate: float | None) -> dict[str, Any]:

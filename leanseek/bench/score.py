@@ -1,6 +1,7 @@
 """What a row costs, from the receipts alone.
 
-score = tokens to the target (median over seeds) × CPU-seconds per token + CPU-seconds of tokenizer and tokenisation.
+score = tokens to the target (median over seeds) × CPU-seconds per token
+        + CPU-seconds of tokenizer, tokenisation and, for a row that learns from counts, counting.
 
 The target is the validation bpb that the ordinary control ends with.
 """
@@ -95,7 +96,7 @@ def scores(place: Place, rows: tuple[Row, ...], target: float | None) -> list[Sc
                     tuple(reached),
                     tuple(run["bpb"] for run in runs),
                     speed["rows"][row.name]["cpu_seconds_per_token"],
-                    fixed_cpu_seconds(data),
+                    fixed_cpu_seconds(data) + speed["rows"][row.name].get("counting_cpu_seconds", 0.0),
                     flops,
                 )
             )

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -12,9 +13,11 @@ from statistics import median
 import torch
 
 from leanseek.bench import controls
-from leanseek.bench.rows import Row, config_of, control_of, mtp_share
+from leanseek.bench.rows import Row, config_of, control_of, kinds_of_steps
 from leanseek.config import Piece
 from leanseek.data.shards import open_data
+from leanseek.data.tokenizer import Tokenizer
+from leanseek.train.counts import counts_of
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import read_metrics
 from leanseek.train.pretrain import pretrain
@@ -40,19 +43,28 @@ def measure_speed(
 def speed_of(row: Row, folder: Path, dtype: str, steps: int = SPEED_STEPS) -> float:
     """CPU-seconds per token of a row, from short runs in processes of their own, their first steps left out.
 
-    A recipe whose MTP modules are at rest for a part of the tokens is measured both ways, and weighted.
+    A recipe whose MTP modules are at rest for a part of the tokens is measured both ways, and weighted; so is one that
+    learns from counts for a part of them.
     """
-    learning = 0.0 if row.control else mtp_share(config_of(row, row.tokens, None, 0))
-    shares = {mtp: share for mtp, share in ((False, 1 - learning), (True, learning)) if share}
+    kinds = {(False, False): 1.0} if row.control else kinds_of_steps(config_of(row, row.tokens, None, 0))
 
-    def timed(mtp: bool) -> float:
+    def timed(mtp: bool, counted: bool) -> float:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_short_run, row, folder, dtype, steps, mtp).result()
+            return pool.submit(_short_run, row, folder, dtype, steps, mtp, counted).result()
 
-    return sum(share * timed(mtp) for mtp, share in shares.items())
+    return sum(share * timed(*kind) for kind, share in kinds.items())
 
 
-def _short_run(row: Row, folder: Path, dtype: str, steps: int, mtp: bool) -> float:
+def counting_cpu_seconds(row: Row, folder: Path) -> float:
+    """CPU-seconds of counting the text, where a recipe learns from counts."""
+    if row.control:
+        return 0.0
+    data, began = open_data(folder, verify=False), time.process_time()
+    counts_of(config_of(row, row.tokens, None, 0), data, Tokenizer.load(data.tokenizer_folder), torch.device("cpu"))
+    return time.process_time() - began
+
+
+def _short_run(row: Row, folder: Path, dtype: str, steps: int, mtp: bool, counted: bool) -> float:
     ready_cpu()
     torch.set_num_threads(1)
     warm_up = min(SPEED_WARM_UP, steps - 1)
@@ -68,7 +80,8 @@ def _short_run(row: Row, folder: Path, dtype: str, steps: int, mtp: bool) -> flo
             config = config_of(row, row.tokens, None, 0)
             # The batch that most of the tokens are trained with, and nothing but steps between the first and the last.
             full = max(piece.value for piece in config.schedule.batch_tokens)
-            pieces = {"batch_tokens": (Piece(until=1, value=full),), "mtp_weight": (Piece(until=1, value=0.1 * mtp),)}
+            held = {"batch_tokens": full, "mtp_weight": 0.1 * mtp, "count_weight": 0.5 * counted}
+            pieces = {name: (Piece(until=1, value=value),) for name, value in held.items()}
             train = {"max_steps": steps, "eval_every": 10**9, "eval_tokens": 1, "checkpoint_every": 10**9}
             config = config.model_copy(
                 update={

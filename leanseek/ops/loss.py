@@ -5,6 +5,7 @@ N tokens · D width · V vocabulary · k likeliest tokens. A target of IGNORE ad
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +21,19 @@ def losses_and_error(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[T
     a `gradient` is asked for, d loss / d logits [N, V] in the logits' precision. The logits may be overwritten."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
-    losses = ((wide.logsumexp(dim=-1, keepdim=True) - wide.gather(1, index)) * valid).squeeze(1)
     if not gradient:
-        return losses, logits
-    error = wide.softmax(dim=-1).scatter_add_(1, index, wide.new_full(index.shape, -1.0)).mul_(valid)
+        return ((wide.logsumexp(dim=-1, keepdim=True) - wide.gather(1, index)) * valid).squeeze(1), logits
+    total, error = _total_and_softmax(wide)
+    losses = ((total - wide.gather(1, index)) * valid).squeeze(1)
+    error.scatter_add_(1, index, wide.new_full(index.shape, -1.0)).mul_(valid)
     return losses, error.to(logits.dtype)
+
+
+def _total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """log Σ exp of each row [n, 1] and its softmax [n, V], with one exponential for both: what the softmax makes of the
+    largest logit, which it cannot make small, says what it divided by."""
+    softmax = logits.softmax(dim=-1)
+    return logits.amax(dim=-1, keepdim=True) - softmax.amax(dim=-1, keepdim=True).log(), softmax
 
 
 LossesAndError = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
@@ -123,8 +132,57 @@ def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, 
     return losses, error.to(logits.dtype)
 
 
+@dataclass(frozen=True)
+class Expected:
+    """What is expected at N places: q(v | place i) = scale[i] · pairs[previous[i], v], and more for single tokens."""
+
+    pairs: Tensor  # [V, V]
+    previous: Tensor  # [N]
+    scale: Tensor  # [N]
+    first: Tensor  # [N + 1] where the single tokens of each place begin
+    tokens: Tensor  # [M]
+    shares: Tensor  # [M]
+
+
+def linear_expected_cross_entropy(
+    hidden: Tensor, weight: Tensor, targets: Tensor, expected: Expected, share: float
+) -> tuple[Tensor, Tensor]:
+    """−Σ Σᵥ r(v) log p(v), with r the target and what is expected, `share` of it; and, without gradient, `share` 0.
+
+    hidden [N, D], weight [V, D], targets [N]; scalars in at least FP32, over the valid targets.
+    """
+
+    def of_rows(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor]:
+        return _expected_losses(logits, targets[rows], expected, rows, share)
+
+    both: Tensor = _HeadLoss.apply(hidden, weight, of_rows)
+    return both[0], both[1].detach()
+
+
+def _expected_losses(
+    logits: Tensor, targets: Tensor, expected: Expected, rows: slice, share: float
+) -> tuple[Tensor, Tensor]:
+    """logits [n, V], targets [n] → losses with `share` and without [n, 2], and the gradient of the former [n, V]."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
+    first = expected.first[rows.start : rows.stop + 1]
+    place = torch.repeat_interleave(first.diff())  # [m] of each single token
+    tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
+    after = expected.pairs[expected.previous[rows]].to(wide.dtype).mul_(expected.scale[rows, None].to(wide.dtype))
+    after.view(-1).index_add_(0, place * after.shape[1] + tokens, shares.to(after.dtype))
+    total, error = _total_and_softmax(wide)
+    plain = total - wide.gather(1, index)
+    mixed = (1 - share) * plain + share * (total - torch.linalg.vecdot(after, wide)[:, None])
+    losses = torch.cat((mixed, plain), dim=1) * valid
+    error = error.sub_(after, alpha=share).scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid)
+    return losses, error.to(logits.dtype)
+
+
 class _HeadLoss(torch.autograd.Function):
-    """The sum over rows of what `of_rows` makes of their logits: losses [n] and, where asked, their error [n, V]."""
+    """The sum over rows of what `of_rows` makes of their logits: losses [n] and, where asked, their error [n, V].
+
+    Of losses [n, k] the error is the first column's, and only that sum has a gradient.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows) -> Tensor:
@@ -135,7 +193,7 @@ class _HeadLoss(torch.autograd.Function):
         gradient = grad_hidden is not None or grad_weight is not None
         for rows in _pieces(hidden, weight.shape[0]):
             losses, error = of_rows(hidden[rows] @ narrow.T, rows, gradient)
-            total += losses.sum()
+            total = total + losses.sum(dim=0)
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ narrow
             if grad_weight is not None:
@@ -145,6 +203,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        grad = grad.flatten()[0]
         grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return grad_hidden, grad_weight, None
 

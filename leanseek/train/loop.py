@@ -108,11 +108,13 @@ def train(
     ranks: Ranks = ALONE,
     pipeline: Pipeline | None = None,
     step: Step = train_step,
+    spent: tuple[float, float] = (0.0, 0.0),
 ) -> tuple[Progress, Ending]:
     """Trains until the budget, a limit or a signal; returns where it got to and why it ended.
 
     `evaluate(stage)` is the validation bpb at a stage's length, or what else `log` says is measured; `flops_per_token`
-    is of a stage and its knobs. `step` is what a batch does to the model. The same call on the same RUN goes on from
+    is of a stage and its knobs. `step` is what a batch does to the model. `spent` are wall and CPU seconds that this
+    process has needed to be ready for it. The same call on the same RUN goes on from
     the newest whole checkpoint. All `ranks` call it and agree on everything but the batch: each reads its rows of it.
     Raises BadInput when training does not recover from non-finite steps, OSError when a checkpoint cannot be written.
     """
@@ -121,7 +123,7 @@ def train(
     kept = Kept(run, model, optimizers, average, ranks)
     saver = checkpoint.Saver(run, config.train.keep_checkpoints, ranks, config.train.background_saves)
     progress = _resume(kept, log)
-    clock = Clock(progress, ranks)
+    clock = Clock(progress, ranks, *spent)
     saved: Progress | None = None if progress.step == 0 else replace(progress)
     bad: list[tuple[int, int, int]] = []  # the windows of the non-finite steps in a row
 
@@ -308,9 +310,11 @@ def _skipped_until(progress: Progress) -> int | None:
 class Clock:
     """Wall and CPU seconds of the run, the latter summed over ranks: those of earlier processes and of these."""
 
-    def __init__(self, progress: Progress, ranks: Ranks = ALONE) -> None:
-        self.wall = time.monotonic() - progress.seconds
-        self.cpu_before, self.cpu_at_start = progress.cpu_seconds, _cpu_seconds()
+    def __init__(
+        self, progress: Progress, ranks: Ranks = ALONE, wall_spent: float = 0.0, cpu_spent: float = 0.0
+    ) -> None:
+        self.wall = time.monotonic() - progress.seconds - wall_spent
+        self.cpu_before, self.cpu_at_start = progress.cpu_seconds, cpu_seconds() - cpu_spent
         self.ranks = ranks
 
     def seconds(self) -> float:
@@ -321,11 +325,11 @@ class Clock:
         return self.ranks.any(self.seconds() >= limit)
 
     def stamp(self, progress: Progress) -> None:
-        mine = torch.tensor(_cpu_seconds() - self.cpu_at_start, dtype=torch.float64, device=self.ranks.device)
+        mine = torch.tensor(cpu_seconds() - self.cpu_at_start, dtype=torch.float64, device=self.ranks.device)
         progress.seconds, progress.cpu_seconds = self.seconds(), self.cpu_before + self.ranks.total(mine).item()
 
 
-def _cpu_seconds() -> float:
+def cpu_seconds() -> float:
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 

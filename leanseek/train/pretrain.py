@@ -1,5 +1,6 @@
 """Pre-training (report §4): puts model, optimizers, data and validation together and hands them to the loop."""
 
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,8 @@ from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.plan.count import flops_per_token
+from leanseek.train.counts import counts_of
+from leanseek.train.loop import cpu_seconds
 from leanseek.train.schedule import Knobs
 from leanseek.train.setup import build, take_up, train_and_bill
 from leanseek.train.step import train_step
@@ -78,6 +81,9 @@ def train_on(
         checkpoint.load_model_weights(begin.model, model, ranks=ranks)
     scorer = model if pipeline is None else pipeline.nats
     teacher = teacher_of(config, tokenizer)
+    wall, cpu = time.monotonic(), cpu_seconds()
+    counts = counts_of(config, data, tokenizer, next(model.parameters()).device)
+    spent = time.monotonic() - wall, cpu_seconds() - cpu  # counting is a part of the bill
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:
@@ -91,8 +97,9 @@ def train_on(
 
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"
-    step = partial(train_step, teacher=teacher)
-    return train_and_bill(run, config, model, optimizers, loader, evaluate, flops, of_text, ranks, pipeline, step)
+    step = partial(train_step, teacher=teacher, counts=counts)
+    given = config, model, optimizers, loader, evaluate, flops, of_text, ranks, pipeline, step
+    return train_and_bill(run, *given, spent=spent)
 
 
 def share_of(ranks: Ranks) -> Share:

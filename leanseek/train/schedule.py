@@ -12,6 +12,7 @@ class Knobs:
     batch_tokens: int
     bias_speed: float  # γ of the bias update
     mtp_weight: float  # λ of the MTP loss
+    count_weight: float = 0.0  # share of the counts in the main loss
 
 
 def knobs(schedule: ScheduleConfig, tokens: float, budget: int) -> Knobs:
@@ -22,6 +23,7 @@ def knobs(schedule: ScheduleConfig, tokens: float, budget: int) -> Knobs:
         batch_tokens=round(curve(schedule.batch_tokens, at)),
         bias_speed=curve(schedule.bias_speed, at),
         mtp_weight=curve(schedule.mtp_weight, at),
+        count_weight=curve(schedule.count_weight, at),
     )
 
 

@@ -172,6 +172,7 @@ def train_and_bill(
     pipeline: Pipeline | None = None,
     step: Step = train_step,
     measure: str = "bpb",
+    spent: tuple[float, float] = (0.0, 0.0),
 ) -> dict[str, Any]:
     """The loop from where RUN is to where it ends, then its receipt; `what` says what it trains on.
 
@@ -182,7 +183,7 @@ def train_and_bill(
     with Log(run, config.train.tokens, ranks.total(peak).item(), measure, silent=not ranks.first) as log:
         where = f"on {device.type} in {config.train.dtype} by {model.kernels.told}{ranks.named()}"
         log.say(f"{run}: {config.train.tokens:,} tokens, {what}, {where}")
-        parts = model, optimizers, batches, evaluate, flops_per_token, log, ranks, pipeline, step
+        parts = model, optimizers, batches, evaluate, flops_per_token, log, ranks, pipeline, step, spent
         progress, ending = train(run, config, *parts)
     return lead(lambda: write_receipt(run, config, progress, ending, ranks.world, measure), ranks.group("world"))
 

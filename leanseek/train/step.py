@@ -21,12 +21,13 @@ from torch.optim import Optimizer
 from leanseek.config import BadInput, Config
 from leanseek.model.moe import Router, max_violation, updated_bias
 from leanseek.model.transformer import Transformer
-from leanseek.ops.loss import IGNORE, linear_cross_entropy, linear_divergence
+from leanseek.ops.loss import IGNORE, linear_cross_entropy, linear_divergence, linear_expected_cross_entropy
 from leanseek.parallel.apply import before_micro_batch
 from leanseek.parallel.context import Context, context_of
 from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.parts import local, norm_of
 from leanseek.parallel.pipeline import Pipeline
+from leanseek.train.counts import Counts
 from leanseek.train.optim import forget_logits, qk_clip, set_learning_rate
 from leanseek.train.precision import weights_quantised_once
 from leanseek.train.schedule import Knobs
@@ -87,11 +88,12 @@ def train_step(
     limits: Limits = ANY,
     pipeline: Pipeline | None = None,
     teacher: Teacher | None = None,
+    counts: Counts | None = None,
 ) -> StepResult:
     """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite, or
     beyond the limits."""
     model.train()
-    make: Gradients = partial(gradients, teacher=teacher) if pipeline is None else pipelined(pipeline)
+    make: Gradients = partial(gradients, teacher=teacher, counts=counts) if pipeline is None else pipelined(pipeline)
     with weights_quantised_once(model):
         losses = make(model, Rows(ids, targets, positions, segments), knobs, config, ranks)
     divergence = None if teacher is None else losses.pop()
@@ -99,30 +101,39 @@ def train_step(
 
 
 def gradients(
-    model: Transformer, rows: Rows, knobs: Knobs, config: Config, ranks: Ranks, teacher: Teacher | None = None
+    model: Transformer,
+    rows: Rows,
+    knobs: Knobs,
+    config: Config,
+    ranks: Ranks,
+    teacher: Teacher | None = None,
+    counts: Counts | None = None,
 ) -> list[float]:
     """`Gradients` where every rank has the whole model: one micro-batch after the other, equally many on all ranks.
 
-    With a teacher, the last of the losses is the main model's divergence from it. While their loss has no weight the
-    MTP modules are at rest: they compute nothing and have no loss.
+    With a teacher, the last of the losses is the main model's divergence from it. With counts the main model learns in
+    part from them, while the loss told is that of the text. While their loss has no weight the MTP modules are at rest:
+    they compute nothing and have no loss.
     """
     depths, micro_batch = len(model.mtp) if knobs.mtp_weight else 0, config.train.micro_batch
-    counts, context = valid_targets(rows.targets, rows.segments, depths, ranks), context_of(rows.ids.shape[1], ranks)
+    valid, context = valid_targets(rows.targets, rows.segments, depths, ranks), context_of(rows.ids.shape[1], ranks)
     micro_batches = micro_batches_of(rows.ids, config, ranks)
     balance_sequences(model, rows.ids, config, ranks)
     taught = 0.0 if teacher is None else teacher.config.weight
-    if teacher is not None:
-        counts.append(counts[0])
-    sums = torch.zeros(len(counts), dtype=torch.float64, device=rows.ids.device)
+    counted = counts if knobs.count_weight else None
+    if teacher is not None or counted is not None:
+        valid.append(valid[0])
+    sums = torch.zeros(len(valid), dtype=torch.float64, device=rows.ids.device)
     for number in range(micro_batches):
         before_micro_batch(model, number == micro_batches - 1, config)
         part = rows.part(slice(number * micro_batch, (number + 1) * micro_batch))
-        losses = loss_sums(model, *part, context, teacher, mtp=depths > 0)
+        losses = loss_sums(model, *part, context, teacher, depths > 0, counted, knobs.count_weight)
         sums += torch.stack(losses).detach()
-        means = [loss / count for loss, count in zip(losses, counts, strict=True)]
+        means = [loss / count for loss, count in zip(losses, valid, strict=True)]
         own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
         (own + knobs.mtp_weight / max(depths, 1) * sum(means[1 : depths + 1])).backward()
-    return _means(sums, counts, ranks)
+    told = _means(sums, valid, ranks)
+    return told if counted is None else [told[-1], *told[1:-1]]
 
 
 def pipelined(pipeline: Pipeline) -> Gradients:
@@ -241,16 +252,24 @@ def loss_sums(
     context: Context | None = None,
     teacher: Teacher | None = None,
     mtp: bool = True,
+    counts: Counts | None = None,
+    count_weight: float = 0.0,
 ) -> list[Tensor]:
     """Cross-entropy summed over the valid targets, of the main model and, if asked, each MTP depth; all tensors [b, T].
 
     With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
-    see each other. With a teacher, last, the main model's divergence from it at the same places.
+    see each other. With a teacher, last, the main model's divergence from it at the same places. With counts the main
+    model's is from what they expect to `count_weight`, and last is that from the text alone, without gradient.
     """
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
     if context is None:
         hidden = model(ids, positions, segments)
+        if counts is not None:
+            assert model.lm_head is not None
+            main = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
+            mixed, plain = linear_expected_cross_entropy(*main, counts.expected(ids), count_weight)
+            return [mixed, *(_further_losses(model, hidden, ids, targets, positions, segments) if mtp else ()), plain]
         losses = losses_of(model, hidden, ids, targets, positions, segments, mtp)
         if teacher is not None:
             assert model.lm_head is not None
@@ -265,7 +284,7 @@ def loss_sums(
     hidden = model(context.take(ids), where, cache=[context] * model.config.num_hidden_layers)
     following = [context.take(ids[:, k:]) for k in depths[1:]]
     further = model.predict_further(hidden, following, where, cache=context) if mtp else []
-    return _cross_entropies(model, [hidden, *further], wanted, segments)
+    return [_cross_entropy(model, *of_depth, None) for of_depth in zip([hidden, *further], wanted, strict=True)]
 
 
 def losses_of(
@@ -278,23 +297,28 @@ def losses_of(
     mtp: bool = True,
 ) -> list[Tensor]:
     """The same from the final hidden states [b, T, D]."""
-    states = [hidden, *(model.predict_further(hidden, ids, positions, segments) if mtp else ())]
-    wanted = [targets_of_depth(targets, segments, k) for k in range(len(states))]
-    return _cross_entropies(model, states, wanted, segments)
+    main = _cross_entropy(model, hidden, targets, segments)
+    return [main, *(_further_losses(model, hidden, ids, targets, positions, segments) if mtp else ())]
 
 
-def _cross_entropies(
-    model: Transformer, states: list[Tensor], targets: list[Tensor], segments: Tensor | None
+def _further_losses(
+    model: Transformer, hidden: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor | None
 ) -> list[Tensor]:
+    """Those of the MTP depths."""
+    further = model.predict_further(hidden, ids, positions, segments)
+    return [
+        _cross_entropy(model, state, targets_of_depth(targets, segments, k), segments)
+        for k, state in enumerate(further, start=1)
+    ]
+
+
+def _cross_entropy(model: Transformer, state: Tensor, targets: Tensor, segments: Tensor | None) -> Tensor:
     assert model.lm_head is not None
-    losses = []
-    for state, wanted in zip(states, targets, strict=True):
-        if segments is None:
-            state, wanted = state.flatten(0, 1), wanted.flatten()
-        else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
-            state, wanted = state[wanted != IGNORE], wanted[wanted != IGNORE]
-        losses.append(linear_cross_entropy(state, model.lm_head.weight, wanted, model.kernels.losses_and_error))
-    return losses
+    if segments is None:
+        state, targets = state.flatten(0, 1), targets.flatten()
+    else:  # of a chat only the answers are learnt, so much of the head's work would be for nothing
+        state, targets = state[targets != IGNORE], targets[targets != IGNORE]
+    return linear_cross_entropy(state, model.lm_head.weight, targets, model.kernels.losses_and_error)
 
 
 def targets_of_depth(targets: Tensor, segments: Tensor | None, depth: int) -> Tensor:

@@ -1,0 +1,137 @@
+"""What follows what in a text, counted: interpolated Kneser-Ney n-grams (Chen and Goodman, 1998), in sorted arrays.
+
+V vocabulary · n order · C contexts · P pairs of a context and a token seen after it · N places asked about.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from leanseek.config import BadInput
+
+LARGEST_VOCABULARY = 8192  # whose pairs fit in a table, 256 MiB
+UNSEEN = 0.5  # occurrences that a token without any is given
+
+
+@dataclass(frozen=True)
+class Order:
+    """All n-grams of one n. A context's number is its n − 1 tokens read as digits of base V, the newest one last."""
+
+    n: int
+    contexts: NDArray[np.int64]  # [C], ascending
+    first: NDArray[np.int64]  # [C + 1] where the tokens after each context begin
+    tokens: NDArray[np.int64]  # [P]
+    shares: NDArray[np.float32]  # [P] of the probability after the context, discounted
+    left: NDArray[np.float32]  # [C] what the discounts leave for the context without its oldest token
+
+
+@dataclass(frozen=True)
+class Followers:
+    """What follows at N places: p(v | place i) = scale[i] · pairs[previous[i], v], and the shares of single tokens."""
+
+    previous: NDArray[np.int64]  # [N]
+    scale: NDArray[np.float32]  # [N]
+    first: NDArray[np.int64]  # [N + 1] where the single tokens of each place begin
+    tokens: NDArray[np.int64]  # [M]; a token may come several times
+    shares: NDArray[np.float32]  # [M]
+
+
+@dataclass(frozen=True)
+class NGrams:
+    """A counted text. `pairs` [V, V] is the distribution after each single token, smoothed: nowhere zero."""
+
+    pairs: NDArray[np.float32]
+    frequency: NDArray[np.float32]  # [V] share of each token in the text
+    longer: tuple[Order, ...]  # n = 3, 4, …
+
+    def after(self, ids: NDArray[np.int64]) -> Followers:
+        """ids [B, T] of whole rows → what follows each of their B·T tokens, given it and those before it in its row."""
+        vocabulary, places = len(self.pairs), ids.size
+        room, found = np.ones(places, np.float32), []  # what longer contexts leave
+        for order in reversed(self.longer):
+            number, whole = ids.copy(), np.ones(ids.shape, bool)
+            for back in range(1, order.n - 1):
+                number[:, back:] += ids[:, :-back] * vocabulary**back
+                whole[:, :back] = False
+            number = number.ravel()
+            at = np.minimum(np.searchsorted(order.contexts, number), len(order.contexts) - 1)
+            known = np.flatnonzero((order.contexts[at] == number) & whole.ravel())
+            at = at[known]
+            begins, many = order.first[at], order.first[at + 1] - order.first[at]
+            place = np.repeat(known, many)
+            entries = np.arange(len(place)) + np.repeat(begins - (many.cumsum() - many), many)
+            found.append((place, order.tokens[entries], order.shares[entries] * room[place]))
+            room[known] *= order.left[at]
+        place, tokens, shares = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else _NONE
+        by_place = np.argsort(place, kind="stable")
+        first = np.concatenate([[0], np.bincount(place, minlength=places).cumsum()])
+        return Followers(ids.ravel(), room, first, tokens[by_place], shares[by_place])
+
+
+_NONE = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+
+
+def count(documents: Iterable[NDArray[np.integer]], vocabulary: int, longest: int, most_tokens: float) -> NGrams:
+    """Counts documents, each with its BOS and EOS, up to so many tokens, and n-grams of up to `longest` tokens.
+
+    Sorting is all the work: seconds for ten million tokens. Raises BadInput where a table or a number does not fit.
+    """
+    if vocabulary > LARGEST_VOCABULARY:
+        raise BadInput(
+            f"counts: a table of pairs is for up to {LARGEST_VOCABULARY} ids, the vocabulary has {vocabulary}"
+        )
+    if vocabulary**longest > 1 << 63:
+        raise BadInput(f"counts.order: {longest} tokens out of {vocabulary} do not fit in a number: take fewer")
+    text, taken = [], 0
+    for ids in documents:
+        if taken >= most_tokens:
+            break
+        text.append(ids)
+        taken += len(ids)
+    stream = np.concatenate(text).astype(np.int64)
+    longer: list[Order] = []
+    grams, times = np.unique(_numbers(stream, longest, vocabulary), return_counts=True)
+    for n in range(longest, 1, -1):
+        order = _discounted(n, grams, times, vocabulary)
+        if n > 2:
+            longer.insert(0, order)
+        # A shorter n-gram counts as often as different tokens came before it (Kneser and Ney, 1995).
+        grams, times = np.unique(grams % vocabulary ** (n - 1), return_counts=True)
+    single = np.full(vocabulary, UNSEEN)
+    single[grams] += times
+    pairs = np.tile((single / single.sum()).astype(np.float32), (vocabulary, 1))
+    pairs[order.contexts] *= order.left[:, None]
+    pairs[np.repeat(order.contexts, np.diff(order.first)), order.tokens] += order.shares
+    frequency = np.bincount(stream, minlength=vocabulary) / len(stream)
+    return NGrams(pairs, frequency.astype(np.float32), tuple(longer))
+
+
+def _numbers(stream: NDArray[np.int64], n: int, vocabulary: int) -> NDArray[np.int64]:
+    """Every n-gram of the stream as a number."""
+    numbers = stream[: len(stream) - n + 1].copy()
+    for i in range(1, n):
+        numbers *= vocabulary
+        numbers += stream[i : len(stream) - n + 1 + i]
+    return numbers
+
+
+def _discounted(n: int, grams: NDArray[np.int64], times: NDArray[np.int64], vocabulary: int) -> Order:
+    """n-grams [P], ascending, and how often each counts → their order, by modified Kneser-Ney discounts."""
+    contexts, first = np.unique(grams // vocabulary, return_index=True)
+    totals = np.add.reduceat(times, first)
+    first = np.append(first, len(grams))
+    taken = _discounts(times)[np.minimum(times, 3)]
+    shares = (times - taken) / np.repeat(totals, np.diff(first))
+    left = np.add.reduceat(taken, first[:-1]) / totals
+    return Order(n, contexts, first, grams % vocabulary, shares.astype(np.float32), left.astype(np.float32))
+
+
+def _discounts(times: NDArray[np.int64]) -> NDArray[np.float64]:
+    """What is taken from an n-gram that counts 0, 1, 2, 3 or more times (Chen and Goodman, 1998, equation 17)."""
+    n1, n2, n3, n4 = (max(int((times == i).sum()), 1) for i in (1, 2, 3, 4))
+    y = n1 / (n1 + 2 * n2)
+    estimates = [1 - 2 * y * n2 / n1, 2 - 3 * y * n3 / n2, 3 - 4 * y * n4 / n3]
+    # Of little text the estimates may be anything; a share must stay positive and something must be left.
+    return np.array([0.0, *np.clip(estimates, 0.1, [0.9, 1.8, 2.7])])
