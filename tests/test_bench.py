@@ -23,7 +23,18 @@ from leanseek.bench.decode import Work, bench_decode
 from leanseek.bench.ledger_page import draw, rendered
 from leanseek.bench.peer import TheirStep, same_weights
 from leanseek.bench.queue import Item, Place, is_done, items, work_through
-from leanseek.bench.rows import ORDINARY, ROWS, Row, chosen_rows, config_of, same_settings, settings_of, shape, steps_of
+from leanseek.bench.rows import (
+    ORDINARY,
+    ROWS,
+    Kind,
+    Row,
+    chosen_rows,
+    config_of,
+    same_settings,
+    settings_of,
+    shape,
+    steps_of,
+)
 from leanseek.bench.score import Score, as_json, best_of_each, scores, target_of, tokens_to
 from leanseek.bench.track import Track, data_of_track, find_track, fixed_cpu_seconds, split_of
 from leanseek.bench.train import REST, Batches, OurStep, kind_of
@@ -640,11 +651,12 @@ def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.Monkey
         def __exit__(self, *_: object) -> None: ...
 
         def submit(self, *asked: object) -> "Here":
-            self.mtp, self.counted = asked[-2:]
+            self.kind = asked[-1]
             return self
 
         def result(self) -> float:
-            return (9.0 if self.mtp else 1.0) * (2 if self.counted else 1)
+            assert isinstance(self.kind, Kind)
+            return (9.0 if self.kind.mtp else 1.0) * (2 if self.kind.counted else 1) + 100 * self.kind.stage
 
     monkeypatch.setattr(speed, "ProcessPoolExecutor", Here)
     late = replace(
@@ -654,6 +666,10 @@ def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.Monkey
     counts = "counts.order=3", "schedule.count_weight=[{until=0.5,value=1},{until=1,value=0}]"
     taught = replace(late, overrides=(*late.overrides, *counts))
     assert speed.speed_of(taught, data.folder, "fp32") == pytest.approx(0.5 * 2 + 0.25 * 1 + 0.25 * 9)
+    staged = replace(
+        late, overrides=(*late.overrides, "stages=[{sequence_length=16,share=0.9},{sequence_length=32,share=0.1}]")
+    )
+    assert speed.speed_of(staged, data.folder, "fp32") == pytest.approx(0.75 * 1 + 0.25 * 9 + 0.1 * 100)
     assert speed.speed_of(BEST_ROW, data.folder, "fp32") == 1.0
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanseek.bench.rows import kinds_of_steps
+from leanseek.bench.rows import Kind, kinds_of_tokens
 from leanseek.config import BadInput, read_recipe
 from leanseek.data.ngrams import Followers, NGrams, count
 from leanseek.data.shards import open_data
@@ -247,12 +247,17 @@ def test_what_cannot_go_with_counts_is_refused() -> None:
             read_recipe(str(RECIPE), asked)
 
 
-def test_kinds_of_steps_are_weighed() -> None:
-    asked = (*ASKED, "schedule.mtp_weight=[{until=0.75,value=0},{until=1.0,value=0.3}]")
-    kinds = kinds_of_steps(read_recipe(str(RECIPE), asked))
-    assert kinds == pytest.approx({(False, True): 0.75, (True, True): 0.25}, abs=2e-3)
-    without = kinds_of_steps(read_recipe(str(RECIPE), (*asked[:-2], asked[-1])))
-    assert without == pytest.approx({(False, False): 0.75, (True, False): 0.25})
+def test_kinds_of_tokens_are_weighed() -> None:
+    asked = (
+        *ASKED,
+        "schedule.mtp_weight=[{until=0.75,value=0},{until=1.0,value=0.3}]",
+        "stages=[{sequence_length=16,share=0.6},{sequence_length=32,share=0.4}]",
+    )
+    kinds = kinds_of_tokens(read_recipe(str(RECIPE), asked))
+    wanted = {Kind(0, False, True): 0.6, Kind(1, False, True): 0.15, Kind(1, True, True): 0.25}
+    assert kinds == pytest.approx(wanted, abs=2e-3)
+    without = kinds_of_tokens(read_recipe(str(RECIPE), asked[-2:]))
+    assert without == pytest.approx({Kind(0): 0.6, Kind(1): 0.15, Kind(1, mtp=True): 0.25}, abs=2e-3)
 
 
 def trains(rank: int, world: int, data: Path, run: Path, *overrides: str) -> None:

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from leanseek.bench import controls
 from leanseek.bench.controls import Control
@@ -149,22 +150,31 @@ def shape(row: Row) -> tuple[int, float]:
     if row.control:
         return controls.parameter_count(row.control), controls.flops_per_token(row.control)
     config = config_of(row, row.tokens, None, 0)
-    length, share = config.stages[0].sequence_length, mtp_share(config)
-    resting, busy = (flops_per_token(config.model, length, mtp=mtp) for mtp in (False, True))
-    return parameters(config.model).total_with_mtp, (1 - share) * resting + share * busy
+    flops = sum(
+        share * flops_per_token(config.model, config.stages[kind.stage].sequence_length, mtp=kind.mtp)
+        for kind, share in kinds_of_tokens(config).items()
+    )
+    return parameters(config.model).total_with_mtp, flops
 
 
-def mtp_share(config: Config) -> float:
-    """Which share of a run's tokens the MTP modules learn from, to a thousandth; else they are at rest."""
-    return sum(share for (mtp, _), share in kinds_of_steps(config).items() if mtp)
+class Kind(NamedTuple):
+    """What decides how much work a token is: its stage, whether MTP modules learn from it, whether counts teach."""
+
+    stage: int = 0
+    mtp: bool = False
+    counted: bool = False
 
 
-def kinds_of_steps(config: Config) -> dict[tuple[bool, bool], float]:
-    """Which share of a run's tokens, to a thousandth, the MTP modules learn from or rest, and counts teach or not."""
-    budget, found = config.train.tokens, Counter[tuple[bool, bool]]()
+def kinds_of_tokens(config: Config) -> dict[Kind, float]:
+    """The kinds of a run's tokens and their shares, to a thousandth."""
+    budget, found = config.train.tokens, Counter[Kind]()
+    ends = list(accumulate(stage.share for stage in config.stages))
     for i in range(1000):
-        now = knobs(config.schedule, budget * (i + 0.5) / 1000, budget)
-        found[bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0), now.count_weight > 0] += 1
+        at = (i + 0.5) / 1000
+        now = knobs(config.schedule, budget * at, budget)
+        mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
+        stage = min(sum(end <= at for end in ends), len(ends) - 1)
+        found[Kind(stage, mtp, config.counts is not None and now.count_weight > 0)] += 1
     return {kind: times / 1000 for kind, times in found.items()}
 
 

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from leanseek.bench import controls
-from leanseek.bench.rows import Row, config_of, control_of, kinds_of_steps
+from leanseek.bench.rows import Kind, Row, config_of, control_of, kinds_of_tokens
 from leanseek.config import Piece
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
@@ -43,16 +43,15 @@ def measure_speed(
 def speed_of(row: Row, folder: Path, dtype: str, steps: int = SPEED_STEPS) -> float:
     """CPU-seconds per token of a row, from short runs in processes of their own, their first steps left out.
 
-    A recipe whose MTP modules are at rest for a part of the tokens is measured both ways, and weighted; so is one that
-    learns from counts for a part of them.
+    A recipe's kinds of tokens are measured one by one, and weighted.
     """
-    kinds = {(False, False): 1.0} if row.control else kinds_of_steps(config_of(row, row.tokens, None, 0))
+    kinds = {Kind(): 1.0} if row.control else kinds_of_tokens(config_of(row, row.tokens, None, 0))
 
-    def timed(mtp: bool, counted: bool) -> float:
+    def timed(kind: Kind) -> float:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            return pool.submit(_short_run, row, folder, dtype, steps, mtp, counted).result()
+            return pool.submit(_short_run, row, folder, dtype, steps, kind).result()
 
-    return sum(share * timed(*kind) for kind, share in kinds.items())
+    return sum(share * timed(kind) for kind, share in kinds.items())
 
 
 def counting_cpu_seconds(row: Row, folder: Path) -> float:
@@ -64,7 +63,7 @@ def counting_cpu_seconds(row: Row, folder: Path) -> float:
     return time.process_time() - began
 
 
-def _short_run(row: Row, folder: Path, dtype: str, steps: int, mtp: bool, counted: bool) -> float:
+def _short_run(row: Row, folder: Path, dtype: str, steps: int, kind: Kind) -> float:
     ready_cpu()
     torch.set_num_threads(1)
     warm_up = min(SPEED_WARM_UP, steps - 1)
@@ -80,13 +79,14 @@ def _short_run(row: Row, folder: Path, dtype: str, steps: int, mtp: bool, counte
             config = config_of(row, row.tokens, None, 0)
             # The batch that most of the tokens are trained with, and nothing but steps between the first and the last.
             full = max(piece.value for piece in config.schedule.batch_tokens)
-            held = {"batch_tokens": full, "mtp_weight": 0.1 * mtp, "count_weight": 0.5 * counted}
+            held = {"batch_tokens": full, "mtp_weight": 0.1 * kind.mtp, "count_weight": 0.5 * kind.counted}
             pieces = {name: (Piece(until=1, value=value),) for name, value in held.items()}
             train = {"max_steps": steps, "eval_every": 10**9, "eval_tokens": 1, "checkpoint_every": 10**9}
             config = config.model_copy(
                 update={
                     "schedule": config.schedule.model_copy(update=pieces),
                     "train": config.train.model_copy(update=train),
+                    "stages": (config.stages[kind.stage].model_copy(update={"share": 1.0}),),
                 }
             )
             pretrain(config, folder, run)

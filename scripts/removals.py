@@ -1,0 +1,90 @@
+"""What each part of the recipe nano is worth: it is taken out again, at a third of the tokens, over several seeds.
+
+    python -m scripts.removals OUT --data DATA [--tokens 1e6] [--seeds 2] [--only NAME…]
+
+Runs stay in OUT and what is there is not done again, so that two such processes share the work. Prints the table: bits
+per byte of 150,000 tokens of the validation text, and what a part saves in tokens: halving the tokens costs so many
+bits, which the row "half the tokens" measures.
+"""
+
+import argparse
+import math
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from leanseek.config import BadInput, read_recipe
+from leanseek.train.log import read_metrics
+from leanseek.train.pretrain import pretrain
+
+HALF, WHOLE = "half the tokens", "the recipe"
+REMOVED: dict[str, tuple[str, ...]] = {
+    WHOLE: (),
+    HALF: (),
+    "no counts": ("schedule.count_weight=[{until=1.0,value=0.0}]",),
+    "counts of three tokens": ("counts.order=3",),
+    "rows of 256 from the start": ("stages=[{sequence_length=256}]", "train.micro_batch=16"),
+    "embedding like the rest": ("train.embedding_std=none", "optimizer.embedding_rate=1"),
+    "outputs not from zero": ("train.zero_outputs=false",),
+    "beta1 0.9": ("optimizer.beta1=0.9",),
+    "decay over the last 30% alone": (
+        "schedule.learning_rate=[{until=0.02,value=1.6e-2,shape='linear'},{until=0.7,value=1.6e-2},"
+        "{until=1.0,value=0.0,shape='linear'}]",
+    ),
+    "AdamW, rate 4e-3": (
+        "optimizer.name=adamw",
+        "optimizer.embedding_rate=4",
+        "schedule.learning_rate=[{until=0.02,value=4e-3,shape='linear'},{until=0.3,value=4e-3},"
+        "{until=1.0,value=0.0,shape='linear'}]",
+    ),
+    "MTP from the start": ("schedule.mtp_weight=[{until=1.0,value=0.3}]",),
+    "no routed experts": ("model.first_k_dense_replace=3",),
+    "bias speed 0.001": ("schedule.bias_speed=[{until=1.0,value=0.001}]",),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--tokens", type=float, default=1e6)
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--only", nargs="+", choices=list(REMOVED), default=list(REMOVED))
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str, list[float]] = {}
+    for seed in range(asked.seeds):
+        for name in asked.only:
+            tokens = int(asked.tokens / 2) if name == HALF else int(asked.tokens)
+            measured = f"train.tokens={tokens}", f"train.seed={seed}", "train.eval_tokens=150000"
+            quiet = "train.eval_every=1000000", "train.checkpoint_every=1000000"
+            run = asked.out / f"{name.replace(' ', '-').replace('%', '')}-{seed}"
+            try:
+                pretrain(read_recipe("nano", (*REMOVED[name], *measured, *quiet)), asked.data, run)
+            except BadInput as error:
+                if "in use by another process" not in str(error):
+                    raise
+                continue
+            found.setdefault(name, []).append(read_metrics(run)[1][-1]["bpb"])
+            print(f"{name}, seed {seed}: {found[name][-1]:.4f}", flush=True)
+    print(table(found))
+
+
+def table(found: dict[str, list[float]]) -> str:
+    """Rows by name; a removal's share of tokens from the bits that halving costs."""
+    whole, half = found.get(WHOLE, [math.nan]), found.get(HALF, [math.nan])
+    halving = median(half) - median(whole)
+    lines = [
+        "| without | bits per byte, by seed | more than the recipe, by seed | worth in tokens |",
+        "|---|---|---|---|",
+    ]
+    for name, bits in found.items():
+        more = ", ".join(f"{there - here:+.4f}" for here, there in zip(whole, bits, strict=False))
+        share = f"{2 ** ((median(bits) - median(whole)) / halving):.2f}×" if name != WHOLE else ""
+        lines.append(f"| {name} | {', '.join(f'{each:.4f}' for each in bits)} | {more} | {share} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
