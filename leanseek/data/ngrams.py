@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from leanseek.config import BadInput
 
-LARGEST_VOCABULARY = 8192  # whose pairs fit in a table, 256 MiB
+LARGEST_TABLE = 8192  # ids of a vocabulary whose pairs are kept as a table, 256 MiB
 UNSEEN = 0.5  # occurrences that a token without any is given
 
 
@@ -29,9 +29,9 @@ class Order:
 
 @dataclass(frozen=True)
 class Followers:
-    """What follows at N places: p(v | place i) = scale[i] · pairs[previous[i], v], and the shares of single tokens."""
+    """What follows at N places: p(v | place i) = scale[i] · base[row[i], v], and the shares of single tokens."""
 
-    previous: NDArray[np.int64]  # [N]
+    row: NDArray[np.int64]  # [N]
     scale: NDArray[np.float32]  # [N]
     first: NDArray[np.int64]  # [N + 1] where the single tokens of each place begin
     tokens: NDArray[np.int64]  # [M]; a token may come several times
@@ -40,15 +40,15 @@ class Followers:
 
 @dataclass(frozen=True)
 class NGrams:
-    """A counted text. `pairs` [V, V] is the distribution after each single token, smoothed: nowhere zero."""
+    """A counted text. `base` is the distribution after each single token, [V, V], or, where the vocabulary is large,
+    after any, [1, V]; smoothed, so that it is nowhere zero. `longer` are the orders beyond it."""
 
-    pairs: NDArray[np.float32]
-    frequency: NDArray[np.float32]  # [V] share of each token in the text
-    longer: tuple[Order, ...]  # n = 3, 4, …
+    base: NDArray[np.float32]
+    longer: tuple[Order, ...]
 
     def after(self, ids: NDArray[np.int64]) -> Followers:
         """ids [B, T] of whole rows → what follows each of their B·T tokens, given it and those before it in its row."""
-        vocabulary, places = len(self.pairs), ids.size
+        vocabulary, places = self.base.shape[1], ids.size
         room, found = np.ones(places, np.float32), []  # what longer contexts leave
         for order in reversed(self.longer):
             number, whole = ids.copy(), np.ones(ids.shape, bool)
@@ -67,7 +67,8 @@ class NGrams:
         place, tokens, shares = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else _NONE
         by_place = np.argsort(place, kind="stable")
         first = np.concatenate([[0], np.bincount(place, minlength=places).cumsum()])
-        return Followers(ids.ravel(), room, first, tokens[by_place], shares[by_place])
+        row = ids.ravel() if len(self.base) > 1 else np.zeros(places, np.int64)
+        return Followers(row, room, first, tokens[by_place], shares[by_place])
 
 
 _NONE = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
@@ -76,12 +77,8 @@ _NONE = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
 def count(documents: Iterable[NDArray[np.integer]], vocabulary: int, longest: int, most_tokens: float) -> NGrams:
     """Counts documents, each with its BOS and EOS, up to so many tokens, and n-grams of up to `longest` tokens.
 
-    Sorting is all the work: seconds for ten million tokens. Raises BadInput where a table or a number does not fit.
+    Sorting is all the work: seconds for ten million tokens. Raises BadInput where an n-gram's number does not fit.
     """
-    if vocabulary > LARGEST_VOCABULARY:
-        raise BadInput(
-            f"counts: a table of pairs is for up to {LARGEST_VOCABULARY} ids, the vocabulary has {vocabulary}"
-        )
     if vocabulary**longest > 1 << 63:
         raise BadInput(f"counts.order: {longest} tokens out of {vocabulary} do not fit in a number: take fewer")
     text, taken = [], 0
@@ -94,18 +91,17 @@ def count(documents: Iterable[NDArray[np.integer]], vocabulary: int, longest: in
     longer: list[Order] = []
     grams, times = np.unique(_numbers(stream, longest, vocabulary), return_counts=True)
     for n in range(longest, 1, -1):
-        order = _discounted(n, grams, times, vocabulary)
-        if n > 2:
-            longer.insert(0, order)
+        longer.insert(0, _discounted(n, grams, times, vocabulary))
         # A shorter n-gram counts as often as different tokens came before it (Kneser and Ney, 1995).
         grams, times = np.unique(grams % vocabulary ** (n - 1), return_counts=True)
     single = np.full(vocabulary, UNSEEN)
     single[grams] += times
-    pairs = np.tile((single / single.sum()).astype(np.float32), (vocabulary, 1))
-    pairs[order.contexts] *= order.left[:, None]
-    pairs[np.repeat(order.contexts, np.diff(order.first)), order.tokens] += order.shares
-    frequency = np.bincount(stream, minlength=vocabulary) / len(stream)
-    return NGrams(pairs, frequency.astype(np.float32), tuple(longer))
+    base = (single / single.sum()).astype(np.float32)[None]
+    if vocabulary <= LARGEST_TABLE:
+        pairs, base = longer.pop(0), np.tile(base, (vocabulary, 1))
+        base[pairs.contexts] *= pairs.left[:, None]
+        base[np.repeat(pairs.contexts, np.diff(pairs.first)), pairs.tokens] += pairs.shares
+    return NGrams(base, tuple(longer))
 
 
 def _numbers(stream: NDArray[np.int64], n: int, vocabulary: int) -> NDArray[np.int64]:

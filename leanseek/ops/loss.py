@@ -134,10 +134,10 @@ def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, 
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected at N places: q(v | place i) = scale[i] · pairs[previous[i], v], and more for single tokens."""
+    """What is expected at N places: q(v | place i) = scale[i] · base[row[i], v], and more for single tokens."""
 
-    pairs: Tensor  # [V, V]
-    previous: Tensor  # [N]
+    base: Tensor  # [R, V]
+    row: Tensor  # [N]
     scale: Tensor  # [N]
     first: Tensor  # [N + 1] where the single tokens of each place begin
     tokens: Tensor  # [M]
@@ -168,7 +168,7 @@ def _expected_losses(
     first = expected.first[rows.start : rows.stop + 1]
     place = torch.repeat_interleave(first.diff())  # [m] of each single token
     tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
-    after = expected.pairs[expected.previous[rows]].to(wide.dtype).mul_(expected.scale[rows, None].to(wide.dtype))
+    after = expected.base[expected.row[rows]].to(wide.dtype).mul_(expected.scale[rows, None].to(wide.dtype))
     after.view(-1).index_add_(0, place * after.shape[1] + tokens, shares.to(after.dtype))
     total, error = _total_and_softmax(wide)
     plain = total - wide.gather(1, index)

@@ -23,16 +23,16 @@ from leanseek.ops.loss import Expected
 
 @dataclass(frozen=True)
 class Counts:
-    """Counted text, its table of pairs on the model's device."""
+    """Counted text, its table on the model's device."""
 
     ngrams: NGrams
-    pairs: Tensor  # [V, V]
+    base: Tensor  # [V, V] or [1, V]
 
     def expected(self, ids: Tensor) -> Expected:
         """ids [b, T] of whole rows → what may follow each of their tokens."""
         after = self.ngrams.after(ids.cpu().numpy())
-        parts = after.previous, after.scale, after.first, after.tokens, after.shares
-        return Expected(self.pairs, *(torch.from_numpy(part).to(ids.device) for part in parts))
+        parts = after.row, after.scale, after.first, after.tokens, after.shares
+        return Expected(self.base, *(torch.from_numpy(part).to(ids.device) for part in parts))
 
 
 def counts_of(config: Config, data: Data, tokenizer: Tokenizer, device: torch.device) -> Counts | None:
@@ -41,7 +41,7 @@ def counts_of(config: Config, data: Data, tokenizer: Tokenizer, device: torch.de
         return None
     asked = config.counts
     ngrams = count(_documents(data, tokenizer), config.model.vocab_size, asked.order, asked.tokens)
-    return Counts(ngrams, torch.from_numpy(ngrams.pairs).to(device))
+    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device))
 
 
 def _documents(data: Data, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer]]:
