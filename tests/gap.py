@@ -27,6 +27,7 @@ from leanseek.ops.fp8 import Quantised
 from leanseek.train.pretrain import assemble
 from leanseek.train.schedule import knobs
 from leanseek.train.step import train_step
+from tests.tiny import PLAIN
 
 SEQUENCE, BATCH, STEPS = 128, 4, 300
 LAST = 50  # steps whose mean loss is compared
@@ -141,7 +142,7 @@ FLOOR = ("bf16", *(f"bf16, an ulp {way}" for way in NUDGES))
 
 def losses(variant: str, data: Path, stop: int = STEPS) -> list[float]:
     """The training loss of each step up to `stop`, in nats per token."""
-    config = read_recipe("nano", (*SHAPE, f"train.dtype={'bf16' if variant in FLOOR else 'fp8'}"))
+    config = read_recipe(str(PLAIN), (*SHAPE, f"train.dtype={'bf16' if variant in FLOOR else 'fp8'}"))
     shards = open_data(data)
     model, optimizers, loader, _ = assemble(config, shards, Tokenizer.load(shards.tokenizer_folder))
     if variant in FLOOR[1:]:

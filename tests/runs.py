@@ -7,6 +7,7 @@ from leanseek.config import Config, Stage, read_recipe
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from tests.oracle import fill, tiny
+from tests.tiny import PLAIN
 
 TEXT = (
     "A small fox walked over the long wall and said nothing. Nobody saw the fox; the wall was old.\n"
@@ -30,7 +31,7 @@ def model_of(vocabulary: Tokenizer, **changes: object) -> Transformer:
 
 
 def config_of(model: Transformer, sequence_length: int = 16) -> Config:
-    base = read_recipe("nano", ["train.dtype=fp32", "train.device=cpu"])
+    base = read_recipe(str(PLAIN), ["train.dtype=fp32", "train.device=cpu"])
     stages = (Stage(sequence_length=sequence_length),)
     return base.model_copy(update={"model": model.config, "stages": stages})
 

@@ -622,6 +622,9 @@ def test_quick_measures_the_cost_of_the_same_quality(place: Place, monkeypatch: 
     assert found["n"] == quick.QUICK_SEEDS
 
 
+ONE_STAGE = "stages=[{sequence_length=256}]"
+
+
 def test_mtp_at_rest_costs_nothing() -> None:
     """A recipe's FLOPs per token and its time are those of both ways, weighted by the tokens."""
     late = Row(
@@ -629,12 +632,13 @@ def test_mtp_at_rest_costs_nothing() -> None:
         "",
         1_000_000,
         recipe="nano",
-        overrides=("schedule.mtp_weight=[{until=0.75,value=0},{until=1,value=0.3}]",),
+        overrides=(ONE_STAGE, "schedule.mtp_weight=[{until=0.75,value=0},{until=1,value=0.3}]"),
     )
     never, always = (
-        shape(replace(late, overrides=(f"schedule.mtp_weight=[{{until=1,value={weight}}}]",)))[1] for weight in (0, 0.3)
+        shape(replace(late, overrides=(ONE_STAGE, f"schedule.mtp_weight=[{{until=1,value={weight}}}]")))[1]
+        for weight in (0, 0.3)
     )
-    bare = shape(replace(late, overrides=("model.num_nextn_predict_layers=0",)))[1]
+    bare = shape(replace(late, overrides=(ONE_STAGE, "model.num_nextn_predict_layers=0")))[1]
     assert never == bare < always
     assert shape(late)[1] == pytest.approx(0.75 * never + 0.25 * always)
 

@@ -160,8 +160,8 @@ def test_a_whole_list_can_be_laid_over() -> None:
 
 
 def test_differences_name_key_and_both_values() -> None:
-    ours, theirs = read_recipe("nano", ["train.seed=1", "stages.0.sequence_length=64"]), read_recipe("nano")
-    assert differences(ours, theirs) == ["stages.0.sequence_length: 64, 256", "train.seed: 1, 0"]
+    ours, theirs = read_recipe("nano", ["train.seed=1", "stages.1.sequence_length=128"]), read_recipe("nano")
+    assert differences(ours, theirs) == ["stages.1.sequence_length: 128, 256", "train.seed: 1, 0"]
     assert differences(ours, ours) == []
 
 
@@ -229,7 +229,7 @@ WRONG = [
     ("model.n_group=16", "model: ", "n_group leaves only one"),
     ("model.num_key_value_heads=2", "model: ", "num_key_value_heads must equal num_attention_heads"),
     ("model.qk_rope_head_dim=31", "model: ", "qk_rope_head_dim must be even"),
-    ("model.first_k_dense_replace=5", "model: ", "first_k_dense_replace is above num_hidden_layers 4"),
+    ("model.first_k_dense_replace=5", "model: ", "first_k_dense_replace is above num_hidden_layers 3"),
     ("model.eos_token_id=4096", "model: ", "must lie below vocab_size"),
     ("model.tie_word_embeddings=true", "model.tie_word_embeddings: ", "False"),
     ("stages.0.share=0.5", "stages: ", "the shares must sum to 1"),
@@ -260,7 +260,7 @@ def test_an_override_without_key_or_value_is_refused(override: str) -> None:
     assert refused(override) == f"override {override!r}: write section.key=value"
 
 
-@pytest.mark.parametrize("key", ["stages.1.share", "stages.x.share", "description.x", "stages.7"])
+@pytest.mark.parametrize("key", ["stages.2.share", "stages.x.share", "description.x", "stages.7"])
 def test_an_override_of_no_place_is_refused(key: str) -> None:
     assert refused(f"{key}=3") == f"override '{key}=3': there is no place '{key}'"
 

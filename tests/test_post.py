@@ -494,14 +494,16 @@ def test_the_configuration_is_pretrainings_tuned_down() -> None:
     before = read_recipe("nano", ("train.max_steps=5", 'stages.0.mixture={"code" = 1.0}', "data.fim_rate=0.1"))
     config = tuned(before)
     assert config.model == before.model
-    assert config.optimizer == before.optimizer
+    assert config.optimizer == before.optimizer.model_copy(update={"embedding_rate": 1.0})
     at = {share: knobs(config.schedule, share * 1e6, 10**6) for share in (0.0, 0.015, 0.03, 0.515, 1.0)}
     rates = [now.learning_rate for now in at.values()]
-    peak = 0.3 * 4e-3
+    peak = 0.3 * 6e-3  # of 1.6e-2 no more
     assert rates == pytest.approx([0, peak / 2, peak, 0.55 * peak, 0.1 * peak])  # half way down the cosine: 0.55
-    assert {(now.bias_speed, now.mtp_weight, now.batch_tokens) for now in at.values()} == {(0.0, 0.1, 4096)}
+    assert {(now.bias_speed, now.mtp_weight, now.batch_tokens) for now in at.values()} == {(0.0, 0.3, 4096)}
     assert (config.train.max_steps, config.train.balance_loss_alpha, config.data.fim_rate) == (None, 0.0, 0.0)
     assert config.stages == (Stage(sequence_length=256),)
+    assert before.counts is not None
+    assert config.counts is None
     for large in ("v2-lite", "v3"):  # at that size V3's own (report §5.1)
         schedule = tuned(read_recipe(large)).schedule
         rates = [knobs(schedule, share * 1e6, 10**6).learning_rate for share in (0.03, 0.515, 1.0)]

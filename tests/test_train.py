@@ -27,6 +27,7 @@ from leanseek.train.optim import (
 )
 from leanseek.train.schedule import Knobs, curve, knobs
 from leanseek.train.step import loss_sums, train_step
+from tests.tiny import PLAIN
 
 TINY = (
     "model.vocab_size=64",
@@ -50,7 +51,7 @@ NOW = Knobs(learning_rate=0.01, batch_tokens=128, bias_speed=0.01, mtp_weight=0.
 
 
 def tiny(*overrides: str) -> Config:
-    return read_recipe("nano", (*TINY, *overrides))
+    return read_recipe(str(PLAIN), (*TINY, *overrides))
 
 
 def model_of(config: Config, dtype: torch.dtype = torch.float32) -> Transformer:

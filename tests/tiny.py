@@ -7,6 +7,7 @@ from pathlib import Path
 from leanseek.data.prepare import prepare
 
 RECIPE = Path(__file__).with_name("tiny.toml")
+PLAIN = Path(__file__).with_name("plain.toml")
 
 PEOPLE = ("Ada", "Ben", "Cleo", "Dov", "Edda", "Finn", "Gus", "Hana")
 THINGS = ("a lamp", "the red boat", "an old map", "her bell", "some bread", "the last key", "a blue stone")

@@ -168,7 +168,8 @@ def _expected_losses(
     first = expected.first[rows.start : rows.stop + 1]
     place = torch.repeat_interleave(first.diff())  # [m] of each single token
     tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
-    after = expected.base[expected.row[rows]].to(wide.dtype).mul_(expected.scale[rows, None].to(wide.dtype))
+    after = expected.base.index_select(0, expected.row[rows]).to(wide.dtype)
+    after.mul_(expected.scale[rows, None])
     after.view(-1).index_add_(0, place * after.shape[1] + tokens, shares.to(after.dtype))
     total, error = _total_and_softmax(wide)
     plain = total - wide.gather(1, index)

@@ -50,7 +50,7 @@ from leanseek.post.rewards import Correct, Earned, Reward, asked_for, earned
 from leanseek.post.rl_log import RLLog, cut_samples, plot
 from leanseek.post.rl_step import Learnt, learn
 from leanseek.post.rollout import Answer, EngineRollouts, Interrupted, Question, Questions, Rollouts
-from leanseek.post.sft import LARGE, check_overrides, tokenizer_of
+from leanseek.post.sft import LARGE, check_overrides, peak_of, tokenizer_of
 from leanseek.post.vllm import VLLMRollouts
 from leanseek.train.loop import Clock, Ending, Progress, stop_signals
 from leanseek.train.receipt import write_receipt
@@ -143,7 +143,7 @@ def tuned(config: Config) -> Config:
     """
     peak = max(max(piece.value, piece.start or 0.0) for piece in config.schedule.learning_rate)
     if config.grpo is None:  # else it goes on with what was rewarded before
-        peak = PUBLISHED if parameters(config.model).activated >= LARGE else RATE * peak
+        peak = PUBLISHED if parameters(config.model).activated >= LARGE else RATE * peak_of(config.schedule)
     begin, then = Piece(until=WARM_UP, value=peak, shape="linear"), Piece(until=1, value=peak)
     schedule = ScheduleConfig(
         unit="fraction",
@@ -157,12 +157,15 @@ def tuned(config: Config) -> Config:
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=here | often),
-            "optimizer": config.optimizer.model_copy(update={"name": "adamw", "weight_decay": 0.0}),
+            "optimizer": config.optimizer.model_copy(
+                update={"name": "adamw", "weight_decay": 0.0, "embedding_rate": 1.0}
+            ),
             "schedule": schedule,
             "data": DataConfig(),
             "mesh": MeshConfig(),
             "stages": (config.stages[-1].model_copy(update={"share": 1.0, "mixture": {}}),),
             "teacher": None,
+            "counts": None,
             "lora": None,
             "grpo": GRPOConfig(),
             "rollout": RolloutConfig(),

@@ -33,6 +33,7 @@ from leanseek.train.teacher import Teacher, check_teacher, teacher_of
 
 EPOCHS = 2
 V3_RATES, LARGE = (5e-6, 1e-6), 1e9  # V3's own peak and end, for models that activate so many parameters
+HIGHEST = 6e-3  # peak of pre-training that counts: what a few minutes bear from nothing says no more of trained weights
 PEAK, END = 0.3, 0.1  # of smaller ones: the peak as a share of pre-training's, and the end as a share of the peak
 ADAPTERS, ADAPTERS_OF_LARGE = 3, 10  # times the rate that all weights would have; measured when small
 WARM_UP = 0.03  # share of the budget
@@ -110,7 +111,7 @@ def tuned(config: Config, adapters: bool = False) -> Config:
     `adapters` are to be trained instead of the weights: by AdamW, at several times the rate.
     """
     schedule, stage = config.schedule, config.stages[-1]
-    peak = PEAK * max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate)
+    peak = PEAK * peak_of(schedule)
     large = parameters(config.model).activated >= LARGE
     peak, end = V3_RATES if large else (peak, END * peak)
     if adapters:
@@ -134,10 +135,13 @@ def tuned(config: Config, adapters: bool = False) -> Config:
     return config.model_copy(
         update={
             "train": config.train.model_copy(update=here),
-            "optimizer": config.optimizer.model_copy(update=for_adapters if adapters else {}),
+            "optimizer": config.optimizer.model_copy(
+                update={"embedding_rate": 1.0, **(for_adapters if adapters else {})}
+            ),
             "schedule": instructed,
             "data": DataConfig(),
             "teacher": None,
+            "counts": None,
             "lora": None,
             "grpo": None,
             "rollout": None,
@@ -145,6 +149,11 @@ def tuned(config: Config, adapters: bool = False) -> Config:
             "mesh": MeshConfig(),  # of the processes that run now
         }
     )
+
+
+def peak_of(schedule: ScheduleConfig) -> float:
+    """The peak of pre-training that the rates of what comes after it are shares of."""
+    return min(max(max(piece.value, piece.start or 0.0) for piece in schedule.learning_rate), HIGHEST)
 
 
 def _check_adapters(config: Config) -> None:

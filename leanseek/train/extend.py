@@ -94,6 +94,7 @@ def extended(config: Config, lengths: Sequence[int]) -> Config:
                 batch_tokens=(Piece(until=1, value=batch),),
                 **ends_with,
             ),
+            "counts": None,
             "stages": tuple(Stage(sequence_length=length, share=1 / len(lengths)) for length in lengths),
         }
     )
