@@ -11,7 +11,7 @@ from leanseek.bench import controls
 from leanseek.bench.queue import Place, say
 from leanseek.bench.rows import BEST, OURS, Row, config_of, control_of, vocabulary
 from leanseek.bench.score import comparison, tokens_to
-from leanseek.bench.speed import measure_speed, silence
+from leanseek.bench.speed import counting_cpu_seconds, measure_speed, silence
 from leanseek.bench.track import data_of_track
 from leanseek.data.shards import open_data
 from leanseek.train import peak
@@ -28,19 +28,19 @@ def quick(place: Place, rows: tuple[Row, ...], cpu_seconds: float = QUICK_CPU_SE
     """Ours against the best dense control on a small budget, seed by seed in turn: a `comparison`.
 
     The control trains for so many CPU-seconds, its schedule ending there; what it ends with is the target. Ours is
-    given a tenth more, the most that is tolerated. The ratio of a seed is what ours takes to the target over the
-    control's whole cost, infinite when ours does not get there.
+    given a tenth more, counting included, the most that is tolerated. The ratio of a seed is what ours takes to the
+    target over the control's whole cost, infinite when ours does not get there.
     """
     ready_cpu()
     peer, ours = (next(row for row in rows if row.name == name) for name in (BEST, OURS))
     folders = [data_of_track(place.track, place.out, vocabulary(row)) for row in (peer, ours)]
     measured = measure_speed([(peer, folders[0], _faster(peer)), (ours, folders[1], _faster(ours))], 2, steps=8)
-    speeds = [median(rounds) for rounds in measured]
+    speeds, counting = [median(rounds) for rounds in measured], counting_cpu_seconds(ours, folders[1])
     batch = config_of(ours, ours.tokens, None, 0).schedule.batch_tokens[-1].value
     assert peer.control is not None
     budgets = [
         _whole(cpu_seconds / speeds[0], peer.control.batch_tokens),
-        _whole(WORSE * cpu_seconds / speeds[1], int(batch)),
+        _whole((WORSE * cpu_seconds - counting) / speeds[1], int(batch)),
     ]
     say(f"{peer.name}: {budgets[0]:,} tokens; {ours.name}: up to {budgets[1]:,}, at most {WORSE - 1:.0%} dearer")
     ratios, costs = [], []
@@ -61,7 +61,7 @@ def quick(place: Place, rows: tuple[Row, ...], cpu_seconds: float = QUICK_CPU_SE
             curve = [[line["tokens"], line["bpb"]] for line in read_metrics(run / "ours")[1]]
         finally:
             shutil.rmtree(run, ignore_errors=True)
-        cost, whole = tokens_to(curve, target) * speeds[1], ended["tokens"] * speeds[0]
+        cost, whole = counting + tokens_to(curve, target) * speeds[1], ended["tokens"] * speeds[0]
         say(f"seed {seed}: {peer.name} {target:.4f}, {ours.name} {curve[-1][1]:.4f} bpb, cost ratio {cost / whole:.3f}")
         ratios.append(cost / whole)
         costs.append((cost, whole))

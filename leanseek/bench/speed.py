@@ -56,10 +56,11 @@ def speed_of(row: Row, folder: Path, dtype: str, steps: int = SPEED_STEPS) -> fl
 
 def counting_cpu_seconds(row: Row, folder: Path) -> float:
     """CPU-seconds of counting the text, where a recipe learns from counts."""
-    if row.control:
+    config = None if row.control else config_of(row, row.tokens, None, 0)
+    if config is None or config.counts is None:
         return 0.0
     data, began = open_data(folder, verify=False), time.process_time()
-    counts_of(config_of(row, row.tokens, None, 0), data, Tokenizer.load(data.tokenizer_folder), torch.device("cpu"))
+    counts_of(config, data, Tokenizer.load(data.tokenizer_folder), torch.device("cpu"))
     return time.process_time() - began
 
 
