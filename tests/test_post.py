@@ -499,7 +499,7 @@ def test_the_configuration_is_pretrainings_tuned_down() -> None:
     rates = [now.learning_rate for now in at.values()]
     peak = 0.3 * 6e-3  # of 1.6e-2 no more
     assert rates == pytest.approx([0, peak / 2, peak, 0.55 * peak, 0.1 * peak])  # half way down the cosine: 0.55
-    assert {(now.bias_speed, now.mtp_weight, now.batch_tokens) for now in at.values()} == {(0.0, 0.3, 4096)}
+    assert {(now.bias_speed, now.mtp_weight, now.batch_tokens) for now in at.values()} == {(0.0, 0.1, 4096)}
     assert (config.train.max_steps, config.train.balance_loss_alpha, config.data.fim_rate) == (None, 0.0, 0.0)
     assert config.stages == (Stage(sequence_length=256),)
     assert before.counts is not None
