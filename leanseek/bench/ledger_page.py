@@ -65,15 +65,15 @@ The target is what the row `{ORDINARY}` ends with. Track: `{track.name}`.
 ## The score
 
     score = tokens to the target (median over seeds) × CPU-seconds per token
-            + CPU-seconds of learning the tokenizer and tokenising
+            + CPU-seconds of learning the tokenizer, tokenising and, where a recipe learns from counts, counting
 
 - *Tokens to the target* are read off a run's validations, in a line between the two around the target.
 - *CPU-seconds per token* (user and system, of the whole process) are measured in turn in one short run:
   {SPEED_ROUNDS} rounds of all rows, each time a process of its own on one thread, {SPEED_STEPS} optimizer steps,
   the first {SPEED_WARM_UP} not counted; median. The two factors are measured apart because hours of training
   share their machine with other work.
-- A recipe whose MTP modules are at rest for a part of its tokens (`schedule.mtp_weight` 0) is measured with them
-  and without, and weighted.
+- A recipe's kinds of tokens are measured one by one, and weighted: those of short rows and of long ones, those whose
+  MTP modules are at rest (`schedule.mtp_weight` 0), those that counts teach (`schedule.count_weight`).
 - Every row multiplies matrices in BF16 or FP32, whichever is faster for it on this machine; weights are FP32.
 - Validations and checkpoints are not in the bill. FLOPs are model FLOPs by `plan/count.py`, attention's causal half
   included; for the dense rows the same formula, six per weight of a matmul.
