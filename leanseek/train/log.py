@@ -1,6 +1,7 @@
 """What a run tells while it trains: a live line or plain ones, `metrics.jsonl`, TensorBoard and `loss.png`."""
 
 import json
+import math
 import time
 from pathlib import Path
 from types import TracebackType
@@ -124,7 +125,8 @@ def plot_losses(run: Path, measure: str = "bpb") -> None:
     tokens = [row["tokens"] / 1e6 for row in steps]
     left.plot(tokens, [row["loss"] for row in steps], color="#9db4c0", linewidth=1, label="training loss")
     if any(row["mtp_loss"] for row in steps):
-        left.plot(tokens, [row["mtp_loss"] for row in steps], color="#e0c9a6", linewidth=1, label="MTP loss")
+        awake = [row["mtp_loss"] or math.nan for row in steps]  # 0 while the modules are at rest
+        left.plot(tokens, awake, color="#e0c9a6", linewidth=1, label="MTP loss")
     left.set(xlabel="million tokens", ylabel="nats per token")
     bits = left.twinx()
     bits.plot(
