@@ -215,19 +215,24 @@ class ScheduleConfig(Section):
     bias_speed: tuple[Piece, ...] = Field((Piece(until=1, value=0.001),), min_length=1)
     mtp_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.3),), min_length=1)
     count_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.0),), min_length=1)  # share of the counts, 0 to 1
+    layers: tuple[Piece, ...] = ()  # how many are awake, from the first; none named: all
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
-        for name in ("learning_rate", "batch_tokens", "bias_speed", "mtp_weight", "count_weight"):
+        for name in ("learning_rate", "batch_tokens", "bias_speed", "mtp_weight", "count_weight", "layers"):
             pieces = getattr(self, name)
             if any(a.until >= b.until for a, b in itertools.pairwise(pieces)):
                 raise ValueError(f"{name}: `until` must grow from piece to piece")
-            if self.unit == "fraction" and pieces[-1].until > 1:
+            if self.unit == "fraction" and pieces and pieces[-1].until > 1:
                 raise ValueError(f"{name}: with unit = 'fraction' `until` may not pass 1")
         if any(piece.value < 1 for piece in self.batch_tokens):
             raise ValueError("batch_tokens: a batch has at least one token")
         if any(piece.value > 1 for piece in self.count_weight):
             raise ValueError("count_weight: a share of the loss is at most 1")
+        awake = [piece.value for piece in self.layers]
+        whole = all(value >= 1 and value == int(value) for value in awake)
+        if not whole or awake != sorted(awake) or any(piece.shape != "constant" for piece in self.layers):
+            raise ValueError("layers: whole numbers from 1 that never fall, each held until the next")
         return self
 
 
@@ -383,6 +388,13 @@ class Config(Section):
             raise ValueError("model.num_nextn_predict_layers must be below the sequence length")
         if self.counts is None and any(piece.value for piece in self.schedule.count_weight):
             raise ValueError("schedule.count_weight has nothing to weigh: set counts.order, or leave it out")
+        awake = self.schedule.layers
+        if awake and awake[-1].value != self.model.num_hidden_layers:
+            raise ValueError(f"schedule.layers must end with all {self.model.num_hidden_layers} layers awake")
+        if awake and not self.train.zero_outputs:
+            raise ValueError("schedule.layers: a layer that wakes must be silent at first: set train.zero_outputs=true")
+        if awake and self.mesh.pp > 1:
+            raise ValueError("schedule.layers: whoever has layers that sleep would wait for the others: take mesh.pp=1")
         if self.counts is not None and (self.mesh.pp > 1 or self.mesh.cp > 1 or self.teacher is not None):
             raise ValueError("counts go with whole rows on one rank, and with no teacher: mesh.pp=1, mesh.cp=1")
         return self

@@ -137,9 +137,10 @@ NOW = Knobs(learning_rate=0.003, batch_tokens=0, bias_speed=0.01, mtp_weight=0.3
 STEPS = 5
 
 
-def knobs_at(step: int) -> Knobs:
-    """The MTP modules are at rest in one of the steps, between others in which they learn."""
-    return replace(NOW, mtp_weight=0.0) if step == 2 else NOW
+def knobs_at(step: int, config: Config | None = None) -> Knobs:
+    """The MTP modules are at rest in one of the steps, between others in which they learn; at first so are layers."""
+    now = replace(NOW, mtp_weight=0.0) if step == 2 else NOW
+    return replace(now, layers=1 + step // 2) if config is not None and config.schedule.layers and step < 4 else now
 
 
 def model_of(config: Config, dtype: torch.dtype) -> Transformer:
@@ -201,7 +202,9 @@ def learn(
             ids, targets, positions, segments = batch
             assert ids is not None
             assert targets is not None
-            result = train_step(model, optimizers, ids, targets, knobs_at(step), config, positions, segments, ranks)
+            result = train_step(
+                model, optimizers, ids, targets, knobs_at(step, config), config, positions, segments, ranks
+            )
             told.append((result.loss, result.mtp_loss, result.balance_loss, result.grad_norm))
     whole = gathered(model.state_dict(), parts(model, ranks), ranks)
     return told, loads, {name: tensor.numpy() for name, tensor in whole.items()}
@@ -265,12 +268,14 @@ def held_against_one(
 
 
 ADAMW = "optimizer.name=adamw"
+WAKING = ("schedule.layers=[{until=1.0,value=3}]", "train.zero_outputs=true")
 TWO_HOPS = ("mesh.ep=4", "mesh.node=2")
 # mesh, what else is on, and the batch; every one with MTP, expert groups, non-zero biases and missing targets
 QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "dp": (2, (ADAMW, "train.micro_batch=2"), {}),
     "ep": (2, (ADAMW, "mesh.ep=2"), {"packed": True}),
     "dp × ep, Muon": (4, ("mesh.ep=2", "train.micro_batch=2", "optimizer.qk_clip=0.5"), {}),
+    "dp × ep, layers asleep": (4, ("mesh.ep=2", "train.micro_batch=2", *WAKING), {}),
     "ep by node, recomputed": (4, (ADAMW, *TWO_HOPS, "train.recompute=selective"), {}),
 }
 GRID: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {

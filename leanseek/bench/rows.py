@@ -155,31 +155,37 @@ def shape(row: Row) -> tuple[int, float]:
     if row.control:
         return controls.parameter_count(row.control), controls.flops_per_token(row.control)
     config = config_of(row, row.tokens, None, 0)
-    flops = sum(
-        share * flops_per_token(config.model, config.stages[kind.stage].sequence_length, mtp=kind.mtp)
-        for kind, share in kinds_of_tokens(config).items()
-    )
+    flops = 0.0
+    for kind, share in kinds_of_tokens(config).items():
+        length = config.stages[kind.stage].sequence_length
+        flops += share * flops_per_token(config.model, length, mtp=kind.mtp, awake=kind.layers)
     return parameters(config.model).total_with_mtp, flops
 
 
 class Kind(NamedTuple):
-    """What decides how much work a token is: its stage, whether MTP modules learn from it, whether counts teach."""
+    """What decides how much work a token is: its stage, whether MTP modules learn from it, whether counts teach, how
+    many layers are awake (None: all), and its batch's size (None: a control's own)."""
 
     stage: int = 0
     mtp: bool = False
     counted: bool = False
+    layers: int | None = None
+    batch: int | None = None
 
 
 def kinds_of_tokens(config: Config) -> dict[Kind, float]:
-    """The kinds of a run's tokens and their shares, to a thousandth."""
+    """The kinds of a run's tokens and their shares, to a thousandth; a batch that grows is what it grows to."""
     budget, found = config.train.tokens, Counter[Kind]()
     ends = list(accumulate(stage.share for stage in config.stages))
+    batches = tuple(Piece(until=piece.until, value=piece.value) for piece in config.schedule.batch_tokens)
+    schedule = config.schedule.model_copy(update={"batch_tokens": batches})
     for i in range(1000):
         at = (i + 0.5) / 1000
-        now = knobs(config.schedule, budget * at, budget)
+        now = knobs(schedule, budget * at, budget)
         mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
         stage = min(sum(end <= at for end in ends), len(ends) - 1)
-        found[Kind(stage, mtp, config.counts is not None and now.count_weight > 0)] += 1
+        counted = config.counts is not None and now.count_weight > 0
+        found[Kind(stage, mtp, counted, now.layers, now.batch_tokens)] += 1
     return {kind: times / 1000 for kind, times in found.items()}
 
 

@@ -78,10 +78,12 @@ def _short_run(row: Row, folder: Path, dtype: str, steps: int, kind: Kind) -> fl
                 ended = controls.train(control, dtype, 0, data, run, 1, most_steps=steps)
                 return median(ended["step_cpu_seconds"][warm_up:]) / control.batch_tokens
             config = config_of(row, row.tokens, None, 0)
-            # The batch that most of the tokens are trained with, and nothing but steps between the first and the last.
-            full = max(piece.value for piece in config.schedule.batch_tokens)
-            held = {"batch_tokens": full, "mtp_weight": 0.1 * kind.mtp, "count_weight": 0.5 * kind.counted}
+            assert kind.batch is not None
+            held = {"batch_tokens": kind.batch, "mtp_weight": 0.1 * kind.mtp, "count_weight": 0.5 * kind.counted}
+            if kind.layers is not None:
+                held["layers"] = kind.layers
             pieces = {name: (Piece(until=1, value=value),) for name, value in held.items()}
+            # Nothing but steps between the first and the last.
             train = {"max_steps": steps, "eval_every": 10**9, "eval_tokens": 1, "checkpoint_every": 10**9}
             config = config.model_copy(
                 update={

@@ -32,6 +32,7 @@ class Transformer(nn.Module):
         self.config = config
         self.dtype = dtype
         self.kernels = PLAIN
+        self.awake: int | None = None  # layers from the first that compute; None: all. Those above pass the stream on
         n = config.num_hidden_layers
         self.embed_tokens: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(n)})
@@ -67,6 +68,8 @@ class Transformer(nn.Module):
             assert self.embed_tokens is not None
             hidden = self.embed_tokens(ids).to(self.dtype)
         for index, layer in self.layers.items():
+            if self.awake is not None and int(index) >= self.awake:
+                break
             hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)])
         return hidden if self.norm is None else self.norm(hidden)
 

@@ -99,16 +99,19 @@ class ForwardFlops:
         return self.attention + self.mixing + self.dense_ffn + experts + self.head + self.mtp_join
 
 
-def forward_flops_by_part(config: ModelConfig, sequence_length: int, mtp: bool = True) -> ForwardFlops:
+def forward_flops_by_part(
+    config: ModelConfig, sequence_length: int, mtp: bool = True, awake: int | None = None
+) -> ForwardFlops:
     """Model FLOPs of one forward pass, per token of a full causal window of `sequence_length` tokens.
 
     A multiplication and an addition for every weight of every matrix that a token meets: attention, FFN, visited
     experts, gate, head and, with `mtp`, the MTP blocks with their `eh_proj` and one more pass of the head each. Then
     scores and values in the direct form of MLA, over the keys that the causal mask leaves, (T + 1) / 2 on average: the
     masked half is not counted. Not counted either: the embedding lookup, norms, RoPE, softmax, activations, anything
-    recomputed. MTP is counted at every position, though its last ones have no target.
+    recomputed. MTP is counted at every position, though its last ones have no target. Of the layers the first `awake`
+    are counted, all where it is None.
     """
-    d, layers = config.hidden_size, config.num_hidden_layers
+    d, layers = config.hidden_size, config.num_hidden_layers if awake is None else awake
     depths = config.num_nextn_predict_layers if mtp else 0
     moe = sum(config.is_moe(layer) for layer in range(layers)) + depths
     expert = 3 * d * config.moe_intermediate_size
@@ -125,9 +128,11 @@ def forward_flops_by_part(config: ModelConfig, sequence_length: int, mtp: bool =
     )
 
 
-def forward_flops_per_token(config: ModelConfig, sequence_length: int, mtp: bool = True) -> float:
+def forward_flops_per_token(
+    config: ModelConfig, sequence_length: int, mtp: bool = True, awake: int | None = None
+) -> float:
     """Model FLOPs of one forward pass per token, all parts together."""
-    return forward_flops_by_part(config, sequence_length, mtp).total
+    return forward_flops_by_part(config, sequence_length, mtp, awake).total
 
 
 def recomputed_flops_per_token(config: ModelConfig, sequence_length: int, recompute: str) -> float:
@@ -152,13 +157,15 @@ def up_projections(config: ModelConfig) -> int:
     return q_b + config.kv_lora_rank * heads * (config.qk_nope_head_dim + config.v_head_dim)
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int, training: bool = True, mtp: bool = True) -> float:
+def flops_per_token(
+    config: ModelConfig, sequence_length: int, training: bool = True, mtp: bool = True, awake: int | None = None
+) -> float:
     """Model FLOPs per token: training is forward and backward (twice the forward), else forward without MTP.
 
-    In training MTP may be at rest too, while its loss has no weight.
+    In training MTP may be at rest too, while its loss has no weight, and so may be the layers beyond those `awake`.
     """
     if training:
-        return 3.0 * forward_flops_per_token(config, sequence_length, mtp)
+        return 3.0 * forward_flops_per_token(config, sequence_length, mtp, awake)
     return forward_flops_per_token(config, sequence_length, mtp=False)
 
 

@@ -13,6 +13,7 @@ class Knobs:
     bias_speed: float  # γ of the bias update
     mtp_weight: float  # λ of the MTP loss
     count_weight: float = 0.0  # share of the counts in the main loss
+    layers: int | None = None  # awake, from the first; None: all
 
 
 def knobs(schedule: ScheduleConfig, tokens: float, budget: int) -> Knobs:
@@ -24,6 +25,7 @@ def knobs(schedule: ScheduleConfig, tokens: float, budget: int) -> Knobs:
         bias_speed=curve(schedule.bias_speed, at),
         mtp_weight=curve(schedule.mtp_weight, at),
         count_weight=curve(schedule.count_weight, at),
+        layers=round(curve(schedule.layers, at)) if schedule.layers else None,
     )
 
 

@@ -93,6 +93,7 @@ def train_step(
     """ids, targets, positions, segments [B, T] of this rank's rows; updates the model unless a value is not finite, or
     beyond the limits."""
     model.train()
+    model.awake = knobs.layers
     make: Gradients = partial(gradients, teacher=teacher, counts=counts) if pipeline is None else pipelined(pipeline)
     with weights_quantised_once(model):
         losses = make(model, Rows(ids, targets, positions, segments), knobs, config, ranks)
