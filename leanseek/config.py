@@ -215,7 +215,7 @@ class ScheduleConfig(Section):
     bias_speed: tuple[Piece, ...] = Field((Piece(until=1, value=0.001),), min_length=1)
     mtp_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.3),), min_length=1)
     count_weight: tuple[Piece, ...] = Field((Piece(until=1, value=0.0),), min_length=1)  # share of the counts, 0 to 1
-    layers: tuple[Piece, ...] = ()  # how many are awake, from the first; none named: all
+    layers: tuple[Piece, ...] = ()  # how many are awake, from the first, up to each `until`; after the last one all
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -389,12 +389,12 @@ class Config(Section):
         if self.counts is None and any(piece.value for piece in self.schedule.count_weight):
             raise ValueError("schedule.count_weight has nothing to weigh: set counts.order, or leave it out")
         awake = self.schedule.layers
-        if awake and awake[-1].value != self.model.num_hidden_layers:
-            raise ValueError(f"schedule.layers must end with all {self.model.num_hidden_layers} layers awake")
         if awake and not self.train.zero_outputs:
-            raise ValueError("schedule.layers: a layer that wakes must be silent at first: set train.zero_outputs=true")
+            raise ValueError(
+                "schedule.layers: a layer that wakes must be silent: train.zero_outputs=true, or leave it out"
+            )
         if awake and self.mesh.pp > 1:
-            raise ValueError("schedule.layers: whoever has layers that sleep would wait for the others: take mesh.pp=1")
+            raise ValueError("schedule.layers: ranks whose layers sleep would wait: mesh.pp=1, or schedule.layers=[]")
         if self.counts is not None and (self.mesh.pp > 1 or self.mesh.cp > 1 or self.teacher is not None):
             raise ValueError("counts go with whole rows on one rank, and with no teacher: mesh.pp=1, mesh.cp=1")
         return self

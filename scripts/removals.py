@@ -24,6 +24,8 @@ REMOVED: dict[str, tuple[str, ...]] = {
     HALF: (),
     "no counts": ("schedule.count_weight=[{until=1.0,value=0.0}]",),
     "counts of three tokens": ("counts.order=3",),
+    "all layers from the start": ("schedule.layers=[]",),
+    "batches of 4,096 from the start": ("schedule.batch_tokens=[{until=1.0,value=4096}]",),
     "rows of 256 from the start": ("stages=[{sequence_length=256}]", "train.micro_batch=16"),
     "embedding like the rest": ("train.embedding_std=none", "optimizer.embedding_rate=1"),
     "outputs not from zero": ("train.zero_outputs=false",),
@@ -39,7 +41,7 @@ REMOVED: dict[str, tuple[str, ...]] = {
         "{until=1.0,value=0.0,shape='linear'}]",
     ),
     "MTP from the start": ("schedule.mtp_weight=[{until=1.0,value=0.3}]",),
-    "no routed experts": ("model.first_k_dense_replace=4",),
+    "no routed experts": ("model.first_k_dense_replace=3",),
     "bias speed 0.001": ("schedule.bias_speed=[{until=1.0,value=0.001}]",),
 }
 

@@ -268,7 +268,7 @@ def held_against_one(
 
 
 ADAMW = "optimizer.name=adamw"
-WAKING = ("schedule.layers=[{until=1.0,value=3}]", "train.zero_outputs=true")
+WAKING = ("schedule.layers=[{until=0.5,value=1}]", "train.zero_outputs=true")
 TWO_HOPS = ("mesh.ep=4", "mesh.node=2")
 # mesh, what else is on, and the batch; every one with MTP, expert groups, non-zero biases and missing targets
 QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {

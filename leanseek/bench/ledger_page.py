@@ -72,8 +72,9 @@ The target is what the row `{ORDINARY}` ends with. Track: `{track.name}`.
   {SPEED_ROUNDS} rounds of all rows, each time a process of its own on one thread, {SPEED_STEPS} optimizer steps,
   the first {SPEED_WARM_UP} not counted; median. The two factors are measured apart because hours of training
   share their machine with other work.
-- A recipe's kinds of tokens are measured one by one, and weighted: those of short rows and of long ones, those whose
-  MTP modules are at rest (`schedule.mtp_weight` 0), those that counts teach (`schedule.count_weight`).
+- A recipe's kinds of tokens are measured one by one, and weighted: those of short rows and of long ones, of small
+  batches and of large ones, those whose MTP modules are at rest (`schedule.mtp_weight` 0), those that counts teach
+  (`schedule.count_weight`), those for which only some layers are awake (`schedule.layers`).
 - Every row multiplies matrices in BF16 or FP32, whichever is faster for it on this machine; weights are FP32.
 - Validations and checkpoints are not in the bill. FLOPs are model FLOPs by `plan/count.py`, attention's causal half
   included; for the dense rows the same formula, six per weight of a matmul.

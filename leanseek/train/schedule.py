@@ -25,7 +25,7 @@ def knobs(schedule: ScheduleConfig, tokens: float, budget: int) -> Knobs:
         bias_speed=curve(schedule.bias_speed, at),
         mtp_weight=curve(schedule.mtp_weight, at),
         count_weight=curve(schedule.count_weight, at),
-        layers=round(curve(schedule.layers, at)) if schedule.layers else None,
+        layers=round(curve(schedule.layers, at)) if schedule.layers and at < schedule.layers[-1].until else None,
     )
 
 
