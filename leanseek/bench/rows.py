@@ -59,8 +59,14 @@ ROWS = (
         (5e-4, 1e-3, 2e-3, 4e-3, 8e-3),
         recipe="nano",
         overrides=(
-            *("model.hidden_size=256", "model.intermediate_size=704", "model.num_attention_heads=4"),
-            *("model.q_lora_rank=96", "train.micro_batch=16", "train.init_std=0.02", "train.embedding_std=none"),
+            *("model.num_hidden_layers=4", "model.hidden_size=256", "model.intermediate_size=704"),
+            *(
+                "model.num_attention_heads=4",
+                "model.q_lora_rank=96",
+                "train.micro_batch=16",
+                "train.init_std=0.02",
+                "train.embedding_std=none",
+            ),
             *("train.zero_outputs=false", "optimizer.beta1=0.9", "optimizer.embedding_rate=1", "counts=none"),
             *("stages=[{sequence_length=256}]", "schedule.layers=[]", "schedule.count_weight=[{until=1.0, value=0.0}]"),
             'optimizer.name="adamw"',
