@@ -40,11 +40,12 @@ from leanseek.bench.track import Track, data_of_track, find_track, fixed_cpu_sec
 from leanseek.bench.train import REST, Batches, OurStep, kind_of
 from leanseek.bench.turns import fastest, in_turn
 from leanseek.cli import main
-from leanseek.config import BadInput, read_recipe
+from leanseek.config import BadInput, Config, read_recipe
 from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
 from leanseek.plan.count import cache_bytes_per_token, parameters
+from leanseek.train.schedule import knobs
 from tests.runs import TEXT, make_run, model_of, tokenizer
 from tests.tiny import RECIPE, story
 
@@ -676,6 +677,27 @@ def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.Monkey
     )
     assert speed.speed_of(staged, data.folder, "fp32") == pytest.approx(0.75 * 1 + 0.25 * 9 + 0.1 * 100)
     assert speed.speed_of(BEST_ROW, data.folder, "fp32") == 1.0
+
+
+def test_a_kind_of_tokens_is_all_that_its_short_run_has(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Seen(Exception):
+        pass
+
+    def seen(config: Config, *_: object) -> None:
+        raise Seen(config)
+
+    monkeypatch.setattr(speed, "pretrain", seen)
+    waking = ("train.zero_outputs=true", "schedule.layers=[{until=0.5,value=1}]", "counts.order=3")
+    stages = ("stages=[{sequence_length=16,share=0.5},{sequence_length=32,share=0.5}]",)
+    row = replace(TINY_ROW, overrides=(*TINY_ROW.overrides, *waking, *stages))
+    for kind in (Kind(0, False, True, 1, 64), Kind(1, True, False, None, 256)):
+        with pytest.raises(Seen) as run:
+            speed._short_run(row, data.folder, "fp32", 3, kind)
+        (config,) = run.value.args
+        for tokens in (0, 0.99 * config.train.tokens):
+            now = knobs(config.schedule, tokens, config.train.tokens)
+            assert (now.mtp_weight > 0, now.count_weight > 0, now.layers, now.batch_tokens) == kind[1:]
+        assert [stage.sequence_length for stage in config.stages] == [(16, 32)[kind.stage]]
 
 
 def test_speed_is_measured_in_turn_in_processes_of_their_own(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

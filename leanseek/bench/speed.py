@@ -80,9 +80,8 @@ def _short_run(row: Row, folder: Path, dtype: str, steps: int, kind: Kind) -> fl
             config = config_of(row, row.tokens, None, 0)
             assert kind.batch is not None
             held = {"batch_tokens": kind.batch, "mtp_weight": 0.1 * kind.mtp, "count_weight": 0.5 * kind.counted}
-            if kind.layers is not None:
-                held["layers"] = kind.layers
-            pieces = {name: (Piece(until=1, value=value),) for name, value in held.items()}
+            pieces: dict[str, tuple[Piece, ...]] = {name: (Piece(until=1, value=it),) for name, it in held.items()}
+            pieces["layers"] = () if kind.layers is None else (Piece(until=1, value=kind.layers),)
             # Nothing but steps between the first and the last.
             train = {"max_steps": steps, "eval_every": 10**9, "eval_tokens": 1, "checkpoint_every": 10**9}
             config = config.model_copy(
