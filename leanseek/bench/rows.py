@@ -48,9 +48,9 @@ ROWS = (
     Row(
         BEST,
         "dense model with the speedruns' practice: QK-norm, squared ReLU, value embeddings, Muon, decay to zero",
-        3_800_000,
+        4_200_000,
         (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
-        Control("best", 3_800_000, 1.6e-2, 4096, width=128, heads=2),
+        Control("best", 4_200_000, 1.6e-2, 4096, layers=3, width=128, heads=2),
     ),
     Row(
         "faithful-v3",
