@@ -62,6 +62,7 @@ ROWS = (
             *("model.num_hidden_layers=4", "model.hidden_size=256", "model.intermediate_size=704"),
             *(
                 "model.num_attention_heads=4",
+                "model.n_routed_experts=16",
                 "model.q_lora_rank=96",
                 "train.micro_batch=16",
                 "train.init_std=0.02",
