@@ -60,15 +60,9 @@ ROWS = (
         recipe="nano",
         overrides=(
             *("model.num_hidden_layers=4", "model.hidden_size=256", "model.intermediate_size=704"),
-            *(
-                "model.num_attention_heads=4",
-                "model.n_routed_experts=16",
-                "model.q_lora_rank=96",
-                "train.micro_batch=16",
-                "train.init_std=0.02",
-                "train.embedding_std=none",
-            ),
-            *("train.zero_outputs=false", "optimizer.beta1=0.9", "optimizer.embedding_rate=1", "counts=none"),
+            *("model.num_attention_heads=4", "model.n_routed_experts=16", "model.q_lora_rank=96"),
+            *("train.micro_batch=16", "train.init_std=0.02", "train.embedding_std=none", "train.zero_outputs=false"),
+            *("optimizer.beta1=0.9", "optimizer.embedding_rate=1", "counts=none"),
             *("stages=[{sequence_length=256}]", "schedule.layers=[]", "schedule.count_weight=[{until=1.0, value=0.0}]"),
             'optimizer.name="adamw"',
             "schedule.learning_rate=[{until=0.02, value=2e-3, shape='linear'}, {until=0.676, value=2e-3}, "
