@@ -117,9 +117,9 @@ def test_a_run_goes_on_to_the_same_bits_across_a_waking_and_is_billed_for_what_w
         seen = row["tokens"]
     assert counts == {1, 2, None}
     assert whole["flops"] == pytest.approx(flops, rel=1e-9)
-    assert flops_per_token(config.model, length, awake=2) == flops_per_token(
-        config.model.model_copy(update={"num_hidden_layers": 2}), length
-    )
+    two = config.model.model_copy(update={"num_hidden_layers": 2})
+    assert flops_per_token(config.model, length, awake=2) == flops_per_token(two, length)
+    assert flops_per_token(two, length, awake=3) == flops_per_token(two, length)  # there are no more
 
 
 def tensors_of(run: Path) -> dict[str, Tensor]:

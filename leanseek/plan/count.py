@@ -111,7 +111,7 @@ def forward_flops_by_part(
     recomputed. MTP is counted at every position, though its last ones have no target. Of the layers the first `awake`
     are counted, all where it is None.
     """
-    d, layers = config.hidden_size, config.num_hidden_layers if awake is None else awake
+    d, layers = config.hidden_size, min(config.num_hidden_layers, awake or config.num_hidden_layers)
     depths = config.num_nextn_predict_layers if mtp else 0
     moe = sum(config.is_moe(layer) for layer in range(layers)) + depths
     expert = 3 * d * config.moe_intermediate_size
