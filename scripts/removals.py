@@ -41,7 +41,7 @@ REMOVED: dict[str, tuple[str, ...]] = {
         "{until=1.0,value=0.0,shape='linear'}]",
     ),
     "MTP from the start": ("schedule.mtp_weight=[{until=1.0,value=0.3}]",),
-    "no routed experts": ("model.first_k_dense_replace=3",),
+    "no routed experts": ("model.first_k_dense_replace=4",),
     "bias speed 0.001": ("schedule.bias_speed=[{until=1.0,value=0.001}]",),
 }
 
