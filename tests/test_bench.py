@@ -367,7 +367,7 @@ def test_v3s_schedules_scale_with_the_learning_rate() -> None:
     assert (config.train.tokens, config.train.seed) == (1_000_000, 3)
     # A ramp from 1,024 to 4,096 over 32,000 tokens takes log(4) / log(1 + 3,072 / 32,000) ≈ 15 steps; the rest is full.
     assert steps_of(config) == pytest.approx(15 + 968_000 / 4096, abs=3)
-    assert steps_of(config_of(ROWS[3], 4096 * 100, None, 0)) == 100
+    assert steps_of(config_of(ROWS[3], 4096 * 100, None, 0)) == 2 * 35 + 65  # a third of it with half the batch
 
 
 def test_a_users_recipe_is_one_more_row(tmp_path: Path) -> None:
