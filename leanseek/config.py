@@ -391,7 +391,7 @@ class Config(Section):
         awake = self.schedule.layers
         if awake and not self.train.zero_outputs:
             raise ValueError(
-                "schedule.layers: a layer that wakes must be silent: train.zero_outputs=true, or leave it out"
+                "schedule.layers: a layer that wakes must be silent: train.zero_outputs=true, or schedule.layers=[]"
             )
         if awake and self.mesh.pp > 1:
             raise ValueError("schedule.layers: ranks whose layers sleep would wait: mesh.pp=1, or schedule.layers=[]")

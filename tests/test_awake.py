@@ -6,11 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from leanseek import checkpoint
-from leanseek.bench.rows import Kind, kinds_of_tokens
+from leanseek.bench.rows import Kind, Row, kinds_of_tokens, shape
 from leanseek.config import BadInput, Config, read_recipe
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import flops_per_token
@@ -18,6 +16,7 @@ from leanseek.train.optim import build_optimizers
 from leanseek.train.pretrain import pretrain
 from leanseek.train.schedule import Knobs, knobs
 from leanseek.train.step import StepResult, train_step
+from tests.test_pretrain import tensors_of
 from tests.tiny import RECIPE, make_data
 
 NOW = Knobs(learning_rate=0.01, batch_tokens=64, bias_speed=0.01, mtp_weight=0.0)
@@ -122,13 +121,6 @@ def test_a_run_goes_on_to_the_same_bits_across_a_waking_and_is_billed_for_what_w
     assert flops_per_token(two, length, awake=3) == flops_per_token(two, length)  # there are no more
 
 
-def tensors_of(run: Path) -> dict[str, Tensor]:
-    newest = checkpoint.newest(run, pytest.fail)
-    assert newest is not None
-    files = sorted(newest.path.rglob("*.safetensors"))
-    return {f"{file.parent.name}/{name}": value for file in files for name, value in load_file(file).items()}
-
-
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
@@ -158,3 +150,10 @@ def test_tokens_are_weighed_by_how_many_layers_are_awake_and_by_their_batch() ->
         Kind(batch=512): 0.5,
     }
     assert kinds_of_tokens(config) == pytest.approx(wanted, abs=2e-3)
+
+
+def test_the_ledger_counts_the_flops_of_what_is_awake() -> None:
+    row = Row("tiny", "", 4096, recipe=str(RECIPE), overrides=ASLEEP)
+    model, length = config_of().model, config_of().stages[0].sequence_length
+    one, two, three = (flops_per_token(model, length, awake=awake) for awake in (1, 2, 3))
+    assert shape(row)[1] == pytest.approx(0.25 * one + 0.25 * two + 0.5 * three)

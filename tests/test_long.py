@@ -27,7 +27,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_nano_under_repeated_kills_on_all_cores_is_bit_identical(data: Path, tmp_path: Path) -> None:
     overrides = (
         "train.tokens=122880",
-        "schedule.batch_tokens.0.value=1024",
+        "schedule.batch_tokens=[{until=1.0,value=1024}]",
         "train.checkpoint_every=3",
         "train.dtype=fp32",
     )
