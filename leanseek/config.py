@@ -154,6 +154,7 @@ class TrainConfig(Section):
     embedding_std: float | None = Field(None, gt=0)  # of the token embedding; None: init_std, as V3
     zero_outputs: bool = False  # what writes into the residual stream, and the head, begin at zero: not V3
     balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17
+    mtp_length: int | None = Field(None, gt=0)  # tokens at the beginning of each row that MTP learns from; None: all
     bias_centred: bool = False  # take the mean out of each bias update, so that the biases cannot drift together
     max_steps: int | None = Field(None, gt=0)
     max_seconds: float | None = Field(None, gt=0)
@@ -386,6 +387,11 @@ class Config(Section):
             raise ValueError(f"stages: sequence_length {longest} is above model.max_position_embeddings")
         if self.model.num_nextn_predict_layers >= min(stage.sequence_length for stage in self.stages):
             raise ValueError("model.num_nextn_predict_layers must be below the sequence length")
+        if self.train.mtp_length is not None:
+            if self.model.num_nextn_predict_layers >= self.train.mtp_length:
+                raise ValueError("train.mtp_length must be above model.num_nextn_predict_layers")
+            if self.mesh.pp > 1 or self.mesh.cp > 1:
+                raise ValueError("train.mtp_length cuts whole rows: mesh.pp=1 and mesh.cp=1, or train.mtp_length=none")
         if self.counts is None and any(piece.value for piece in self.schedule.count_weight):
             raise ValueError("schedule.count_weight has nothing to weigh: set counts.order, or leave it out")
         awake = self.schedule.layers

@@ -50,6 +50,7 @@ FEW = ("train.tokens=3072", *QUIET)  # 24 rows of 64 and 12 of 128
 def test_what_a_short_run_begins_with_is_over() -> None:
     later = extended(read_recipe("nano"), (512, 1024))
     assert later.counts is None
+    assert later.train.mtp_length is None
     for at in (0, later.train.tokens - 1):
         now = knobs(later.schedule, at, later.train.tokens)
         assert (now.count_weight, now.layers) == (0.0, None)

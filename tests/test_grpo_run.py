@@ -520,6 +520,7 @@ def test_the_configuration_is_the_runs_tuned_down() -> None:
     assert config.model == before.model
     assert config.grpo == GRPOConfig()
     assert config.counts is None
+    assert config.train.mtp_length is None
     assert config.optimizer.embedding_rate == 1
     at = {share: knobs(config.schedule, share * 200, 200) for share in (0.0, 0.025, 0.05, 1.0)}
     rates = [now.learning_rate / 6e-3 for now in at.values()]

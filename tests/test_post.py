@@ -504,6 +504,7 @@ def test_the_configuration_is_pretrainings_tuned_down() -> None:
     assert config.stages == (Stage(sequence_length=256),)
     assert before.counts is not None
     assert config.counts is None
+    assert config.train.mtp_length is None
     for large in ("v2-lite", "v3"):  # at that size V3's own (report §5.1)
         schedule = tuned(read_recipe(large)).schedule
         rates = [knobs(schedule, share * 1e6, 10**6).learning_rate for share in (0.03, 0.515, 1.0)]

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from leanseek.config import Config, OptimizerConfig, Piece, read_recipe
+from leanseek.config import BadInput, Config, OptimizerConfig, Piece, read_recipe
 from leanseek.model.moe import updated_bias
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE
+from leanseek.plan.count import flops_per_token
 from leanseek.train.optim import (
     ADAM_RMS,
     NEWTON_SCHULZ,
@@ -272,19 +273,23 @@ def slow_loss(model: Transformer, ids: Tensor, targets: Tensor, config: Config, 
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     hidden = model(ids, positions)
     total = F.cross_entropy(model.lm_head(hidden).flatten(0, 1), targets.flatten(), ignore_index=IGNORE)
-    for k, state in enumerate(model.predict_further(hidden, ids, positions), start=1):
-        loss = F.cross_entropy(model.lm_head(state).flatten(0, 1), targets[:, k:].flatten(), ignore_index=IGNORE)
+    kept = config.train.mtp_length or ids.shape[1]  # tokens of each row, as if there were no others
+    further = model.predict_further(hidden[:, :kept], ids[:, :kept], positions[:, :kept])
+    for k, state in enumerate(further, start=1):
+        loss = F.cross_entropy(model.lm_head(state).flatten(0, 1), targets[:, k:kept].flatten(), ignore_index=IGNORE)
         total = total + mtp_weight / len(model.mtp) * loss
     return total
 
 
-def test_accumulation_changes_nothing() -> None:
+@pytest.mark.parametrize("length", ["none", 7])
+def test_accumulation_changes_nothing(length: str | int) -> None:
     ids, targets = batch_of(12)
     targets = targets.clone()
     targets[0, 5:] = IGNORE  # rows of unequal counts: a mean of means would differ
     weights = []
     for micro in (12, 5, 1):
-        config = tiny(f"train.micro_batch={micro}", "optimizer.name=adamw", "train.balance_loss_alpha=0.01")
+        asked = f"train.micro_batch={micro}", f"train.mtp_length={length}", "train.balance_loss_alpha=0.01"
+        config = tiny(*asked, "optimizer.name=adamw")
         model = model_of(config, torch.float64)
         result = train_step(model, build_optimizers(model, config.optimizer), ids, targets, NOW, config)
         weights.append((result, model.state_dict()))
@@ -296,10 +301,11 @@ def test_accumulation_changes_nothing() -> None:
             torch.testing.assert_close(tensor, weights[0][1][name], rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("depth", [0, 1, 2])
-def test_a_step_is_the_slow_loss_clipped_and_stepped(depth: int) -> None:
+@pytest.mark.parametrize(("depth", "length"), [(0, "none"), (1, "none"), (2, "none"), (1, 5), (2, 7), (1, 16), (1, 40)])
+def test_a_step_is_the_slow_loss_clipped_and_stepped(depth: int, length: str | int) -> None:
     config = tiny(
         f"model.num_nextn_predict_layers={depth}",
+        f"train.mtp_length={length}",
         "optimizer.name=adamw",
         "train.balance_loss_alpha=0",
         "optimizer.clip=0.05",
@@ -325,6 +331,29 @@ def test_a_step_is_the_slow_loss_clipped_and_stepped(depth: int) -> None:
         router.e_score_correction_bias.copy_(updated_bias(router.e_score_correction_bias, loads[name], NOW.bias_speed))
     for name, tensor in ours.state_dict().items():
         torch.testing.assert_close(tensor, theirs.state_dict()[name], rtol=0, atol=1e-9)
+
+
+def test_mtp_of_the_beginning_of_rows_is_billed_as_what_it_computes() -> None:
+    model = tiny().model
+    main, whole, short = flops_per_token(model, 16, mtp=False), flops_per_token(model, 16), flops_per_token(model, 4)
+    short -= flops_per_token(model, 4, mtp=False)
+    assert flops_per_token(model, 16, mtp_length=4) == pytest.approx(main + short / 4, rel=1e-12)
+    assert flops_per_token(model, 16, mtp_length=4) < main + (whole - main) / 4  # over fewer keys, too
+    assert flops_per_token(model, 16, mtp_length=40) == flops_per_token(model, 16, mtp_length=16) == whole
+    assert flops_per_token(model, 16, mtp=False, mtp_length=4) == main
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (("train.mtp_length=1",), "above model.num_nextn_predict_layers"),
+        (("train.mtp_length=4", "mesh.cp=2"), "mesh.cp=1"),
+        (("train.mtp_length=4", "mesh.pp=2"), "mesh.pp=1"),
+    ],
+)
+def test_rows_that_mtp_cannot_cut_are_refused(asked: tuple[str, ...], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        tiny(*asked)
 
 
 def test_mtp_without_weight_is_at_rest() -> None:

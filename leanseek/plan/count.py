@@ -158,15 +158,26 @@ def up_projections(config: ModelConfig) -> int:
 
 
 def flops_per_token(
-    config: ModelConfig, sequence_length: int, training: bool = True, mtp: bool = True, awake: int | None = None
+    config: ModelConfig,
+    sequence_length: int,
+    training: bool = True,
+    mtp: bool = True,
+    awake: int | None = None,
+    mtp_length: int | None = None,
 ) -> float:
     """Model FLOPs per token: training is forward and backward (twice the forward), else forward without MTP.
 
-    In training MTP may be at rest too, while its loss has no weight, and so may be the layers beyond those `awake`.
+    In training MTP may be at rest too, while its loss has no weight, and so may be the layers beyond those `awake`; of
+    each window it may have the first `mtp_length` tokens only.
     """
-    if training:
-        return 3.0 * forward_flops_per_token(config, sequence_length, mtp, awake)
-    return forward_flops_per_token(config, sequence_length, mtp=False)
+    if not training:
+        return forward_flops_per_token(config, sequence_length, mtp=False)
+    flops = forward_flops_per_token(config, sequence_length, False, awake)
+    if mtp:
+        length = min(mtp_length or sequence_length, sequence_length)
+        both, main = (forward_flops_per_token(config, length, with_mtp, awake) for with_mtp in (True, False))
+        flops += (both - main) * length / sequence_length
+    return 3.0 * flops
 
 
 def muon_flops(config: ModelConfig, steps: int = 5) -> float:

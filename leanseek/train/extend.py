@@ -83,7 +83,7 @@ def extended(config: Config, lengths: Sequence[int]) -> Config:
     settings = {
         "tokens": len(lengths) * max(min(STEPS * batch, round(MOST * train.tokens)), *lengths),
         "micro_batch": max(1, train.micro_batch * begun_at // max(lengths)),  # as many tokens at once, or one row
-    } | {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None}
+    } | {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None, "mtp_length": None}
     return config.model_copy(
         update={
             "model": stretched(config.model, context_of(config), max(lengths)),

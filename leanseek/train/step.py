@@ -117,7 +117,9 @@ def gradients(
     they compute nothing and have no loss.
     """
     depths, micro_batch = len(model.mtp) if knobs.mtp_weight else 0, config.train.micro_batch
-    valid, context = valid_targets(rows.targets, rows.segments, depths, ranks), context_of(rows.ids.shape[1], ranks)
+    further = config.train.mtp_length if depths else 0
+    valid = valid_targets(rows.targets, rows.segments, depths, ranks, further)
+    context = context_of(rows.ids.shape[1], ranks)
     micro_batches = micro_batches_of(rows.ids, config, ranks)
     balance_sequences(model, rows.ids, config, ranks)
     taught = 0.0 if teacher is None else teacher.config.weight
@@ -128,7 +130,7 @@ def gradients(
     for number in range(micro_batches):
         before_micro_batch(model, number == micro_batches - 1, config)
         part = rows.part(slice(number * micro_batch, (number + 1) * micro_batch))
-        losses = loss_sums(model, *part, context, teacher, depths > 0, counted, knobs.count_weight)
+        losses = loss_sums(model, *part, context, teacher, further, counted, knobs.count_weight)
         sums += torch.stack(losses).detach()
         means = [loss / count for loss, count in zip(losses, valid, strict=True)]
         own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
@@ -160,9 +162,14 @@ def _means(sums: Tensor, counts: list[int], ranks: Ranks) -> list[float]:
     return means
 
 
-def valid_targets(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
-    """How many targets the whole batch has for the main model and each MTP depth; 1 where there is none."""
-    found = [(targets_of_depth(targets, segments, k) != IGNORE).sum() for k in range(depths + 1)]
+def valid_targets(
+    targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks, mtp_length: int | None = None
+) -> list[int]:
+    """How many targets the whole batch has for the main model and, in the first `mtp_length` tokens of its rows, for
+    each MTP depth; 1 where there is none."""
+    found = [(targets != IGNORE).sum()]
+    targets, segments = targets[:, :mtp_length], None if segments is None else segments[:, :mtp_length]
+    found += [(targets_of_depth(targets, segments, k) != IGNORE).sum() for k in range(1, depths + 1)]
     counts: list[int] = ranks.total(torch.stack(found), "dp").clamp(min=1).tolist()
     return counts
 
@@ -252,13 +259,14 @@ def loss_sums(
     segments: Tensor | None = None,
     context: Context | None = None,
     teacher: Teacher | None = None,
-    mtp: bool = True,
+    mtp_length: int | None = None,
     counts: Counts | None = None,
     count_weight: float = 0.0,
 ) -> list[Tensor]:
-    """Cross-entropy summed over the valid targets, of the main model and, if asked, each MTP depth; all tensors [b, T].
+    """Cross-entropy summed over the valid targets, of the main model and each MTP depth; all tensors [b, T].
 
-    With `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
+    MTP learns from the first `mtp_length` tokens of every row, from all where it is None, and rests where it is 0. With
+    `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
     see each other. With a teacher, last, the main model's divergence from it at the same places. With counts the main
     model's is from what they expect to `count_weight`, and last is that from the text alone, without gradient.
     """
@@ -270,8 +278,8 @@ def loss_sums(
             assert model.lm_head is not None
             main = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
             mixed, plain = linear_expected_cross_entropy(*main, counts.expected(ids), count_weight)
-            return [mixed, *(_further_losses(model, hidden, ids, targets, positions, segments) if mtp else ()), plain]
-        losses = losses_of(model, hidden, ids, targets, positions, segments, mtp)
+            return [mixed, *_further_losses(model, hidden, ids, targets, positions, segments, mtp_length), plain]
+        losses = losses_of(model, hidden, ids, targets, positions, segments, mtp_length)
         if teacher is not None:
             assert model.lm_head is not None
             asked = targets != IGNORE
@@ -280,11 +288,11 @@ def loss_sums(
         return losses
     if segments is not None:
         raise BadInput("mesh.cp: rows of samples that may not see each other are not cut: take mesh.cp=1")
-    depths = range(len(model.mtp) + 1 if mtp else 1)
+    depths = range(1 if mtp_length == 0 else len(model.mtp) + 1)
     wanted, where = [context.take(targets_of_depth(targets, None, k)) for k in depths], context.take(positions)
     hidden = model(context.take(ids), where, cache=[context] * model.config.num_hidden_layers)
     following = [context.take(ids[:, k:]) for k in depths[1:]]
-    further = model.predict_further(hidden, following, where, cache=context) if mtp else []
+    further = [] if mtp_length == 0 else model.predict_further(hidden, following, where, cache=context)
     return [_cross_entropy(model, *of_depth, None) for of_depth in zip([hidden, *further], wanted, strict=True)]
 
 
@@ -295,18 +303,28 @@ def losses_of(
     targets: Tensor,
     positions: Tensor,
     segments: Tensor | None,
-    mtp: bool = True,
+    mtp_length: int | None = None,
 ) -> list[Tensor]:
     """The same from the final hidden states [b, T, D]."""
     main = _cross_entropy(model, hidden, targets, segments)
-    return [main, *(_further_losses(model, hidden, ids, targets, positions, segments) if mtp else ())]
+    return [main, *_further_losses(model, hidden, ids, targets, positions, segments, mtp_length)]
 
 
 def _further_losses(
-    model: Transformer, hidden: Tensor, ids: Tensor, targets: Tensor, positions: Tensor, segments: Tensor | None
+    model: Transformer,
+    hidden: Tensor,
+    ids: Tensor,
+    targets: Tensor,
+    positions: Tensor,
+    segments: Tensor | None,
+    mtp_length: int | None,
 ) -> list[Tensor]:
     """Those of the MTP depths."""
-    further = model.predict_further(hidden, ids, positions, segments)
+    if mtp_length == 0:
+        return []
+    ids, targets, positions = ids[:, :mtp_length], targets[:, :mtp_length], positions[:, :mtp_length]
+    segments = None if segments is None else segments[:, :mtp_length]
+    further = model.predict_further(hidden[:, :mtp_length], ids, positions, segments)
     return [
         _cross_entropy(model, state, targets_of_depth(targets, segments, k), segments)
         for k, state in enumerate(further, start=1)
