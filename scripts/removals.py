@@ -22,13 +22,17 @@ HALF, WHOLE = "half the tokens", "the recipe"
 REMOVED: dict[str, tuple[str, ...]] = {
     WHOLE: (),
     HALF: (),
+    "counts until 80%": (
+        "schedule.count_weight=[{until=0.4,value=1.0},{until=0.8,value=0.0,shape='linear'},{until=1.0,value=0.0}]",
+    ),
     "no counts": ("schedule.count_weight=[{until=1.0,value=0.0}]",),
     "counts of three tokens": ("counts.order=3",),
     "all layers from the start": ("schedule.layers=[]",),
     "batches of 4,096 from the start": ("schedule.batch_tokens=[{until=1.0,value=4096}]",),
     "rows of 256 from the start": ("stages=[{sequence_length=256}]", "train.micro_batch=16"),
     "embedding like the rest": ("train.embedding_std=none", "optimizer.embedding_rate=1"),
-    "outputs not from zero": ("train.zero_outputs=false",),
+    "outputs not from zero": ("train.zero_outputs=false", "schedule.layers=[]"),
+    "queries not compressed": ("model.q_lora_rank=none",),
     "beta1 0.9": ("optimizer.beta1=0.9",),
     "decay over the last 30% alone": (
         "schedule.learning_rate=[{until=0.02,value=1.6e-2,shape='linear'},{until=0.7,value=1.6e-2},"
@@ -40,7 +44,7 @@ REMOVED: dict[str, tuple[str, ...]] = {
         "schedule.learning_rate=[{until=0.02,value=4e-3,shape='linear'},{until=0.3,value=4e-3},"
         "{until=1.0,value=0.0,shape='linear'}]",
     ),
-    "MTP from the start": ("schedule.mtp_weight=[{until=1.0,value=0.3}]",),
+    "MTP from the start": ("schedule.mtp_weight=[{until=1.0,value=0.3}]", "train.mtp_length=none"),
     "no routed experts": ("model.first_k_dense_replace=4",),
     "bias speed 0.001": ("schedule.bias_speed=[{until=1.0,value=0.001}]",),
 }

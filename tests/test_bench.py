@@ -46,6 +46,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
 from leanseek.plan.count import cache_bytes_per_token, parameters
 from leanseek.train.schedule import knobs
+from scripts.removals import HALF, REMOVED, WHOLE
 from tests.runs import TEXT, make_run, model_of, tokenizer
 from tests.tiny import RECIPE, story
 
@@ -698,6 +699,11 @@ def test_a_kind_of_tokens_is_all_that_its_short_run_has(data: Data, monkeypatch:
             now = knobs(config.schedule, tokens, config.train.tokens)
             assert (now.mtp_weight > 0, now.count_weight > 0, now.layers, now.batch_tokens) == kind[1:]
         assert [stage.sequence_length for stage in config.stages] == [(16, 32)[kind.stage]]
+
+
+def test_every_part_can_be_taken_out_of_nano() -> None:
+    whole = read_recipe("nano")
+    assert [name for name, overrides in REMOVED.items() if read_recipe("nano", overrides) == whole] == [WHOLE, HALF]
 
 
 def test_speed_is_measured_in_turn_in_processes_of_their_own(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

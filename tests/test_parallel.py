@@ -276,7 +276,11 @@ QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "ep": (2, (ADAMW, "mesh.ep=2"), {"packed": True}),
     "dp × ep, Muon": (4, ("mesh.ep=2", "train.micro_batch=2", "optimizer.qk_clip=0.5"), {}),
     "dp × ep, layers asleep": (4, ("mesh.ep=2", "train.micro_batch=2", *WAKING), {}),
-    "dp × ep, MTP of the beginning of rows": (4, ("mesh.ep=2", "train.micro_batch=2", "train.mtp_length=5"), {"packed": True}),
+    "dp × ep, MTP of the beginning of rows": (
+        4,
+        ("mesh.ep=2", "train.micro_batch=2", "train.mtp_length=5"),
+        {"packed": True},
+    ),
     "ep by node, recomputed": (4, (ADAMW, *TWO_HOPS, "train.recompute=selective"), {}),
 }
 GRID: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {

@@ -187,7 +187,8 @@ def test_the_looking_sees_what_is_there() -> None:
     # A command line is empty for an instant after `Popen` returns: looked at once the process has spoken.
     command = [sys.executable, "-c", "print(flush=True); input()", "mark-of-what-is-there"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None and process.stdout.readline() == b"\n"
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"\n"
         assert alive("mark-of-what-is-there")
         process.kill()
 

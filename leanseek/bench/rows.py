@@ -158,8 +158,8 @@ def shape(row: Row) -> tuple[int, float]:
     flops = 0.0
     for kind, share in kinds_of_tokens(config).items():
         length = config.stages[kind.stage].sequence_length
-        of_mtp = {"mtp": kind.mtp, "mtp_length": config.train.mtp_length}
-        flops += share * flops_per_token(config.model, length, **of_mtp, awake=kind.layers)
+        cut = config.train.mtp_length
+        flops += share * flops_per_token(config.model, length, mtp=kind.mtp, awake=kind.layers, mtp_length=cut)
     return parameters(config.model).total_with_mtp, flops
 
 

@@ -152,7 +152,7 @@ def tuned(config: Config) -> Config:
         bias_speed=(Piece(until=1, value=0),),
         mtp_weight=(Piece(until=1, value=0),),
     )
-    here = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None}
+    here: dict[str, Any] = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None}
     here |= {"balance_loss_alpha": 0.0, "mtp_length": None}
     often = {"checkpoint_every": 1, "eval_every": 10}
     return config.model_copy(

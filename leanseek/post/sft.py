@@ -130,7 +130,7 @@ def tuned(config: Config, adapters: bool = False) -> Config:
         bias_speed=(Piece(until=1, value=0),),
         mtp_weight=(Piece(until=1, value=schedule.mtp_weight[-1].value),),
     )
-    here = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None}
+    here: dict[str, Any] = {"dtype": "auto", "device": "auto", "max_steps": None, "max_seconds": None}
     here |= {"balance_loss_alpha": 0.0, "mtp_length": None}
     for_adapters = {"name": "adamw", "qk_clip": None, "weight_decay": 0.0}
     return config.model_copy(

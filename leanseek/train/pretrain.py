@@ -92,8 +92,8 @@ def train_on(
 
     def flops(stage: int, now: Knobs) -> float:
         length = config.stages[stage].sequence_length
-        mtp = {"mtp": now.mtp_weight > 0, "mtp_length": config.train.mtp_length}
-        own = flops_per_token(config.model, length, **mtp, awake=now.layers)
+        cut = config.train.mtp_length
+        own = flops_per_token(config.model, length, mtp=now.mtp_weight > 0, awake=now.layers, mtp_length=cut)
         return own + (teacher.flops_per_token(length) if teacher is not None else 0.0)
 
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
