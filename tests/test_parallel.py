@@ -324,9 +324,9 @@ def local_load(routers: list[Router], ranks: Ranks) -> tuple[list[Tensor], float
     return [router.load.clone() for router in routers], before_faults["load_of_all"](routers, ranks)[1]
 
 
-def local_counts(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks) -> list[int]:
+def local_counts(targets: Tensor, segments: Tensor | None, depths: int, ranks: Ranks, *cut: int | None) -> list[int]:
     """A mean of means: every rank's share counts alike, however many targets it has."""
-    own = before_faults["valid_targets"](targets, segments, depths, Ranks())
+    own = before_faults["valid_targets"](targets, segments, depths, Ranks(), *cut)
     return [count * ranks.division.dp for count in own]
 
 
