@@ -39,7 +39,7 @@ from leanseek.parallel.timetable import enough_batches, even_cuts, stages_of
 
 # The losses of a micro-batch, each summed over its tokens: of the main model and of each MTP depth, 1 + K scalars.
 # (model, final hidden states [b, T, D], ids, targets, positions, segments [b, T], whether MTP learns)
-LossSums = Callable[[Transformer, Tensor, Tensor, Tensor, Tensor, Tensor | None, bool], list[Tensor]]
+LossSums = Callable[[Transformer, Tensor, Tensor, Tensor, Tensor, Tensor | None, int | None], list[Tensor]]
 
 MANY_STAGES: dict[str, Any] = {  # a rank has several stages under these
     "Interleaved1F1B": ScheduleInterleaved1F1B,
@@ -82,7 +82,7 @@ class Stage(nn.Module):
         super().__init__()
         self.part = part
         self.losses = losses
-        self.mtp = True  # whether the MTP modules learn, or are at rest
+        self.mtp_length: int | None = None  # of each row, from which the MTP modules learn; 0 while they are at rest
 
     def forward(
         self,
@@ -110,9 +110,9 @@ class Stage(nn.Module):
         if self.part.lm_head is None:
             return F.pad(hidden, (0, 0, 0, 0, 0, missing)) if missing else hidden
         if self.training:
-            losses = self.losses(self.part, hidden, ids, targets, positions, segments, self.mtp)
+            losses = self.losses(self.part, hidden, ids, targets, positions, segments, self.mtp_length)
             sums = torch.cat([loss.view(1, 1) for loss in losses], dim=1)
-            return F.pad(sums, (0, 0 if self.mtp else len(self.part.mtp)))
+            return F.pad(sums, (0, 1 + len(self.part.mtp) - sums.shape[1]))
         valid = targets != IGNORE
         return token_losses(hidden[valid], self.part.lm_head.weight, targets[valid]).double().sum().view(1, 1)
 
@@ -227,7 +227,7 @@ class Pipeline:
         self._train(True)
         mtp = any(factors[1:])
         for stage in self.stages.values():
-            stage.mtp = mtp
+            stage.mtp_length = None if mtp else 0
         if mtp:
             self._lend()
         sums = schedule.step(
