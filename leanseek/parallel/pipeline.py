@@ -38,7 +38,7 @@ from leanseek.parallel.parts import local
 from leanseek.parallel.timetable import enough_batches, even_cuts, stages_of
 
 # The losses of a micro-batch, each summed over its tokens: of the main model and of each MTP depth, 1 + K scalars.
-# (model, final hidden states [b, T, D], ids, targets, positions, segments [b, T], whether MTP learns)
+# (model, final hidden states [b, T, D], ids, targets, positions, segments [b, T], tokens of a row that MTP learns from)
 LossSums = Callable[[Transformer, Tensor, Tensor, Tensor, Tensor, Tensor | None, int | None], list[Tensor]]
 
 MANY_STAGES: dict[str, Any] = {  # a rank has several stages under these

@@ -65,9 +65,13 @@ class Rows(NamedTuple):
     positions: Tensor | None = None
     segments: Tensor | None = None
 
-    def part(self, which: slice) -> "Rows":
+    def part(self, which: slice | tuple[slice, slice]) -> "Rows":
         positions, segments = (None if each is None else each[which] for each in (self.positions, self.segments))
         return Rows(self.ids[which], self.targets[which], positions, segments)
+
+    def beginnings(self, length: int | None) -> "Rows":
+        """The first tokens of every row, all where `length` is None."""
+        return self.part((slice(None), slice(length)))
 
 
 # Leaves in `.grad` this rank's part of the gradients of the whole batch; returns its losses, the same on all ranks: of
@@ -278,7 +282,8 @@ def loss_sums(
             assert model.lm_head is not None
             main = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
             mixed, plain = linear_expected_cross_entropy(*main, counts.expected(ids), count_weight)
-            return [mixed, *_further_losses(model, hidden, ids, targets, positions, segments, mtp_length), plain]
+            rows = Rows(ids, targets, positions, segments).beginnings(mtp_length)
+            return [mixed, *_further_losses(model, hidden, rows), plain]
         losses = losses_of(model, hidden, ids, targets, positions, segments, mtp_length)
         if teacher is not None:
             assert model.lm_head is not None
@@ -307,24 +312,17 @@ def losses_of(
 ) -> list[Tensor]:
     """The same from the final hidden states [b, T, D]."""
     main = _cross_entropy(model, hidden, targets, segments)
-    return [main, *_further_losses(model, hidden, ids, targets, positions, segments, mtp_length)]
+    rows = Rows(ids, targets, positions, segments).beginnings(mtp_length)
+    return [main, *_further_losses(model, hidden, rows)]
 
 
-def _further_losses(
-    model: Transformer,
-    hidden: Tensor,
-    ids: Tensor,
-    targets: Tensor,
-    positions: Tensor,
-    segments: Tensor | None,
-    mtp_length: int | None,
-) -> list[Tensor]:
-    """Those of the MTP depths."""
-    if mtp_length == 0:
+def _further_losses(model: Transformer, hidden: Tensor, rows: Rows) -> list[Tensor]:
+    """Those of the MTP depths. `rows` may have fewer tokens than hidden [b, T, D], the first ones; of none, no losses."""
+    ids, targets, positions, segments = rows
+    if not ids.shape[1]:
         return []
-    ids, targets, positions = ids[:, :mtp_length], targets[:, :mtp_length], positions[:, :mtp_length]
-    segments = None if segments is None else segments[:, :mtp_length]
-    further = model.predict_further(hidden[:, :mtp_length], ids, positions, segments)
+    assert positions is not None
+    further = model.predict_further(hidden[:, : ids.shape[1]], ids, positions, segments)
     return [
         _cross_entropy(model, state, targets_of_depth(targets, segments, k), segments)
         for k, state in enumerate(further, start=1)
