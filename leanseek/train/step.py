@@ -317,7 +317,7 @@ def losses_of(
 
 
 def _further_losses(model: Transformer, hidden: Tensor, rows: Rows) -> list[Tensor]:
-    """Those of the MTP depths. `rows` may have fewer tokens than hidden [b, T, D], the first ones; of none, no losses."""
+    """Those of the MTP depths. `rows` may have but the first tokens of hidden [b, T, D]; of none there is no loss."""
     ids, targets, positions, segments = rows
     if not ids.shape[1]:
         return []
