@@ -11,6 +11,7 @@ from leanseek.config import ModelConfig
 from leanseek.model.block import Block
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.mla import LatentCache
+from leanseek.ops.elementwise import over_rms
 
 
 class MTPModule(nn.Module):
@@ -31,18 +32,32 @@ class MTPModule(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
+        values: Tensor | None = None,
     ) -> Tensor:
         """embedding of token i + k and hidden state i of the depth before, both [B, T, D] → [B, T, D].
 
         The result is normed: it goes to the head, and to the next depth, as the main model's own final state does.
+        With value embeddings token i + k brings values [B, T, E].
         """
-        return self.norm(self.block(self.join(embedding, hidden), rope, mask, cache))
+        return self.norm(self.block(self.join(embedding, hidden), rope, mask, cache, self.beside(embedding, values)))
 
-    def remember(self, embedding: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> None:
+    def remember(
+        self,
+        embedding: Tensor,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LatentCache,
+        values: Tensor | None = None,
+    ) -> None:
         """Keeps what later tokens will look back to, and computes nothing else: most of a module's work is for its
         output, and in generation only the newest token's is asked for."""
-        x = self.block.input_layernorm(self.join(embedding, hidden))
-        cache.append(*self.block.self_attn.compress(x, rope))
+        x, block = self.join(embedding, hidden), self.block
+        values = block.beside(x, self.beside(embedding, values))
+        cache.append(*block.self_attn.compress(block.input_layernorm(x), rope, values))
 
     def join(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+
+    def beside(self, embedding: Tensor, values: Tensor | None) -> Tensor | None:
+        """The tokens' own values [B, T, E] divided as `enorm` divides their embedding [B, T, D], beside which they come."""
+        return None if values is None else over_rms(values, embedding, self.enorm.eps)

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
+"""RMSNorm, what is divided by another's root mean square, and SwiGLU, with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
 
 Left to autograd, each of their small steps would write, keep and read again a tensor of the size of the activations.
 Each function has its plain twin beside it, `…_reference`, which is the specification.
@@ -22,6 +22,16 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.to(_wide(x))
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
+
+
+def over_rms(values: Tensor, x: Tensor, eps: float) -> Tensor:
+    """values ÷ √(mean(x²) + eps), as rms_norm divides x itself: values [..., E], x [..., D] → [..., E]."""
+    return _OverRMS.apply(values, x, eps)
+
+
+def over_rms_reference(values: Tensor, x: Tensor, eps: float) -> Tensor:
+    scale = torch.rsqrt(x.to(_wide(x)).square().mean(dim=-1, keepdim=True) + eps)
+    return (values * scale).to(values.dtype)
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -57,6 +67,22 @@ class _RMSNorm(torch.autograd.Function):
         share = (along @ factor)[..., None].div_(x.shape[-1])
         grad_x = torch.mul(grad, factor, out=along).addcmul_(normed, share, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class _OverRMS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, x: Tensor, eps: float) -> Tensor:
+        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        ctx.save_for_backward(values, x, scale)
+        return (values * scale).to(values.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        values, x, scale = ctx.saved_tensors
+        along = (grad * values).sum(dim=-1, keepdim=True, dtype=scale.dtype)
+        grad_x = x * (along * scale.pow(3)).div_(-x.shape[-1])
+        return (grad * scale).to(values.dtype), grad_x.to(x.dtype), None
 
 
 class _SwiGLU(torch.autograd.Function):
