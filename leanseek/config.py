@@ -135,7 +135,7 @@ class ModelConfig(Section):
 
     @property
     def latent_width(self) -> int:
-        """What attention keeps of a token beside the rotary key: its latent and, of value embeddings, its own values."""
+        """What attention keeps of a token beside the rotary key: its latent and, if it has any, its own values."""
         return self.kv_lora_rank + self.value_width
 
     def is_moe(self, layer: int) -> bool:
@@ -414,6 +414,8 @@ class Config(Section):
             )
         if awake and self.mesh.pp > 1:
             raise ValueError("schedule.layers: ranks whose layers sleep would wait: mesh.pp=1, or schedule.layers=[]")
+        if self.model.value_embeddings and self.mesh.pp > 1:
+            raise ValueError("model.value_embeddings: only the first stage has the tokens: mesh.pp=1, or false")
         if self.counts is not None and (self.mesh.pp > 1 or self.mesh.cp > 1 or self.teacher is not None):
             raise ValueError("counts go with whole rows on one rank, and with no teacher: mesh.pp=1, mesh.cp=1")
         return self

@@ -33,8 +33,8 @@ from leanseek.config import BadInput, Config, ModelConfig, explain
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.lora import A, B, delta
 from leanseek.model.transformer import Transformer
+from leanseek.model.unfold import unfolded, widen
 from leanseek.ops.fp8 import FP8, SCALE, dequantise, quantise, scale_shape, scales_of
-from leanseek.unfold import unfolded, widen
 from leanseek.weightfiles import INDEX, Planned, Stored, open_folder, staged, write_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": FP8}

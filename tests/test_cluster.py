@@ -37,6 +37,7 @@ from tests.tiny import RECIPE, make_data
 CUT: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp 2": (2, ("mesh.cp=2",)),
     "cp 4, two MTP modules": (4, ("mesh.cp=4", "model.num_nextn_predict_layers=2")),
+    "cp 2, value embeddings": (2, ("mesh.cp=2", "model.value_embeddings=true")),
     "cp × dp, accumulated": (4, ("mesh.cp=2", "train.micro_batch=2")),
 }
 

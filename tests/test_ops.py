@@ -10,7 +10,14 @@ from torch import Tensor
 
 from leanseek.ops import loss as loss_module
 from leanseek.ops.attention import attention, attention_reference, largest_logits
-from leanseek.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
+from leanseek.ops.elementwise import (
+    over_rms,
+    over_rms_reference,
+    rms_norm,
+    rms_norm_reference,
+    swiglu,
+    swiglu_reference,
+)
 from leanseek.ops.experts import (
     BLOCK,
     grouped_linear,
@@ -181,6 +188,7 @@ def test_norm_and_swiglu_equal_their_references(dtype: torch.dtype, generator: t
     weight = torch.randn(12, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
     pairs: list[Any] = [
         (rms_norm, rms_norm_reference, (x, weight), (1e-3,), x.shape),
+        (over_rms, over_rms_reference, (x[..., :7], x), (1e-3,), (2, 5, 7)),
         (swiglu, swiglu_reference, (x,), (), (2, 5, 6)),
     ]
     tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]
@@ -199,6 +207,7 @@ def test_norm_and_swiglu_pass_gradcheck(generator: torch.Generator) -> None:
     x = torch.randn(3, 2, 6, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-2), (x, weight))
+    assert torch.autograd.gradcheck(lambda x, values: over_rms(values, x, 1e-2), (x, weight.expand_as(x).clone()))
     assert torch.autograd.gradcheck(swiglu, (x,))
 
 

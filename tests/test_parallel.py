@@ -281,6 +281,11 @@ QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
         ("mesh.ep=2", "train.micro_batch=2", "train.mtp_length=5"),
         {"packed": True},
     ),
+    "dp × ep, value embeddings, recomputed": (
+        4,
+        ("mesh.ep=2", "train.micro_batch=2", "model.value_embeddings=true", "train.recompute=selective"),
+        {"packed": True},
+    ),
     "ep by node, recomputed": (4, (ADAMW, *TWO_HOPS, "train.recompute=selective"), {}),
 }
 GRID: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {

@@ -84,9 +84,7 @@ class MLA(nn.Module):
         heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 
-    def compress(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], values: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def compress(self, x: Tensor, rope: tuple[Tensor, Tensor], values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R].
 
         With their own values [B, T, E] the latent is [B, T, C + E].
@@ -139,9 +137,9 @@ class MLA(nn.Module):
 
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Expanding costs C (N + V) multiplications for each key and head, absorbing as many for each query; and then
-        2C + R instead of N + R + V for each pair of them."""
+        2C + R instead of N + R + V for each pair of them. With value embeddings absorbing has C + E for C."""
         width = self.qk_nope_head_dim + self.v_head_dim
         return (
-            queries * (self.kv_lora_rank * width + keys * (2 * self.latent_width - width))
+            queries * (self.latent_width * width + keys * (2 * self.latent_width - width))
             < keys * self.kv_lora_rank * width
         )

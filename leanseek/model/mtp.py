@@ -59,5 +59,5 @@ class MTPModule(nn.Module):
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
 
     def beside(self, embedding: Tensor, values: Tensor | None) -> Tensor | None:
-        """The tokens' own values [B, T, E] divided as `enorm` divides their embedding [B, T, D], beside which they come."""
+        """The tokens' own values [B, T, E] divided as `enorm` divides their embedding [B, T, D]."""
         return None if values is None else over_rms(values, embedding, self.enorm.eps)

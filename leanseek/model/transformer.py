@@ -131,9 +131,9 @@ class Transformer(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """What each parameter begins with, by name, one at a time: matrices from N(0, std²) (report §4.2), norms one.
 
-        Token and value embeddings may have a deviation of their own, and half of the latter is added; with `zero_outputs` what writes into the residual stream,
-        and the head, begin at zero. The model itself may have no memory (device "meta"). Without a generator matrices
-        hold anything.
+        Embeddings may have a deviation of their own, of those of the values half is added at first; with `zero_outputs`
+        what writes into the residual stream, and the head, begin at zero. The model itself may have no memory (device
+        "meta"). Without a generator matrices hold anything.
         """
         for name, module in self.named_modules():
             for own, parameter in module.named_parameters(recurse=False):

@@ -1,4 +1,4 @@
-"""RMSNorm, what is divided by another's root mean square, and SwiGLU, with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
+"""RMSNorm and its division alone, and SwiGLU, with gradients by hand: arithmetic that costs memory traffic, not FLOPs.
 
 Left to autograd, each of their small steps would write, keep and read again a tensor of the size of the activations.
 Each function has its plain twin beside it, `…_reference`, which is the specification.

@@ -133,7 +133,7 @@ class _Layer:
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
     def __call__(self, x: Tensor, kept: Tensor, now: Now, values: Tensor | None) -> Tensor:
-        """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R], own values [B · T, H · V] → [B · T, D]."""
+        """x [B · T, D], values [B · T, H · V], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D]."""
         normed, own = self.before_attention.with_beside(x, values)
         x = self.beside(x, lambda into: self.attention(into, normed, kept, now, own))
         return self.after_attention(x)
