@@ -65,8 +65,10 @@ class ModelConfig(Section):
     qk_nope_head_dim: int = Field(gt=0)
     qk_rope_head_dim: int = Field(gt=0)
     v_head_dim: int = Field(gt=0)
-    # A second table of the tokens, which adds to the values of all heads in every layer: not V3's, but a V3 of wider
-    # matrices says the same, and as that it is exported (`model/unfold.py`).
+    # What a token brings to every layer, beside the stream: a share of its embedding, which the FFN reads anew, and
+    # values of its own, out of a second table, for all heads. Not V3's, but a V3 of wider matrices says the same, and
+    # as that it is exported (`model/unfold.py`).
+    embedding_shares: bool = False
     value_embeddings: bool = False
 
     n_routed_experts: int = Field(gt=0)
@@ -127,6 +129,11 @@ class ModelConfig(Section):
     @property
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
+
+    @property
+    def brings(self) -> bool:
+        """Whether tokens bring anything of their own to every layer."""
+        return self.embedding_shares or self.value_embeddings
 
     @property
     def value_width(self) -> int:
@@ -414,8 +421,11 @@ class Config(Section):
             )
         if awake and self.mesh.pp > 1:
             raise ValueError("schedule.layers: ranks whose layers sleep would wait: mesh.pp=1, or schedule.layers=[]")
-        if self.model.value_embeddings and self.mesh.pp > 1:
-            raise ValueError("model.value_embeddings: only the first stage has the tokens: mesh.pp=1, or false")
+        if self.model.brings and self.mesh.pp > 1:
+            raise ValueError(
+                "only the first stage of a pipeline has the tokens: mesh.pp=1, or model.value_embeddings=false "
+                "model.embedding_shares=false"
+            )
         if self.counts is not None and (self.mesh.pp > 1 or self.mesh.cp > 1 or self.teacher is not None):
             raise ValueError("counts go with whole rows on one rank, and with no teacher: mesh.pp=1, mesh.cp=1")
         return self

@@ -51,7 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"model_type": "deepseek_v3"},
     "kimi_k2": {"model_type": "deepseek_v3"},
 }
-OURS = ("verbatim", "value_embeddings")  # of our fields those that no release has
+OURS = ("verbatim", "embedding_shares", "value_embeddings")  # of our fields those that no release has
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
 # What an FP8 release quantises, in its spelling: attention, dense FFN and experts, but no gate, norm or `eh_proj`.
@@ -381,7 +381,7 @@ class Weights:
 
     def read(self, released: str, suffix: str = "") -> Tensor:
         """The tensor in the precision it is stored in, or with SCALE the scales beside it."""
-        if not suffix and (self._adapted(released) or self.config.model.value_embeddings):
+        if not suffix and (self._adapted(released) or self.config.model.brings):
             return self.values(released, self.dtype(released))
         return self._stored(released, suffix)
 
@@ -393,7 +393,7 @@ class Weights:
         if adapter:
             assert self.lora is not None
             values = values.float() + delta(*adapter, self.lora)
-        if self.config.model.value_embeddings:
+        if self.config.model.brings:
             ours = self.places[released].name
             values = widen(ours, values.float(), self.config.model, lambda name: self.tensors[name].read().float())
         return values.to(dtype)

@@ -1,4 +1,4 @@
-"""Value embeddings said by a plain V3: what is exported computes the same, in transformers and here, MTP included."""
+"""What tokens bring to every layer: what is exported says it as a plain V3, in transformers and here, MTP included."""
 
 import json
 from pathlib import Path
@@ -22,10 +22,13 @@ from tests.runs import make_run, model_of, tokenizer
 from tests.test_serve import greedy
 from tests.tiny import RECIPE
 
-OWN = {"value_embeddings": True, "num_nextn_predict_layers": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3}
+BOTH = {"value_embeddings": True, "embedding_shares": True}
+OWN = BOTH | {"num_nextn_predict_layers": 1, "first_k_dense_replace": 1, "num_hidden_layers": 3}
 SHAPES: dict[str, dict[str, object]] = {
     "V3": OWN | {"n_group": 4, "topk_group": 2},
     "queries not compressed": OWN | {"q_lora_rank": None},
+    "values alone": OWN | {"embedding_shares": False},
+    "embedding alone": OWN | {"value_embeddings": False},
     "large epsilon": OWN | {"rms_norm_eps": 0.03},
     "V2's gates": OWN
     | {"model_type": "deepseek_v2", "scoring_func": "softmax", "topk_method": "greedy", "norm_topk_prob": False},
@@ -62,9 +65,10 @@ def test_what_is_exported_is_a_plain_v3_that_says_the_same(made: tuple[Transform
     model, run = made
     wide = imported(run, tmp_path)
     told = json.loads((tmp_path / "out" / "config.json").read_bytes())
-    assert "value_embeddings" not in told
-    assert (told["hidden_size"], told["kv_lora_rank"]) == (32 + 24, 16 + 24)
-    assert not wide.config.value_embeddings
+    assert not told.keys() & BOTH
+    columns, values = 32 if model.config.embedding_shares else 0, 24 if model.config.value_embeddings else 0
+    assert (told["hidden_size"], told["kv_lora_rank"]) == (32 + columns + values, 16 + values)
+    assert not wide.config.brings
     for ours, theirs in zip(states(wide), states(model), strict=True):
         assert theirs.std() > 0.5
         assert distance(ours, theirs) < 1e-4
@@ -90,12 +94,14 @@ def test_its_engine_writes_the_same_text(made: tuple[Transformer, Path], tmp_pat
     assert texts[0] == texts[1]
 
 
-def test_own_values_matter_in_every_layer(made: tuple[Transformer, Path]) -> None:
+def test_what_tokens_bring_matters_in_every_layer(made: tuple[Transformer, Path]) -> None:
     """What is equal above would be so without them, if they did nothing."""
     model, _ = made
     before = states(model)
-    for layer in (*model.layers.values(), *(module.block for module in model.mtp.values())):
-        share = layer.self_attn.value_share
+    shares = [parameter for name, parameter in model.named_parameters() if name.endswith("_share")]
+    layers, both = model.config.num_hidden_layers, model.config
+    assert len(shares) == layers * both.embedding_shares + (layers + 1) * both.value_embeddings
+    for share in shares:
         kept = share.detach().clone()
         with torch.no_grad():
             share.zero_()
@@ -125,7 +131,7 @@ def test_narrow_formats_cost_it_no_more_than_another_v3(dtype: str, tmp_path: Pa
     """A block of FP8 must not hold numbers of the size of 1 / SMALL beside others; all experts, for none changes."""
     vocabulary, off = tokenizer(), []
     for own in (True, False):
-        model = model_of(vocabulary, **SHAPES["V3"] | EVERY_EXPERT | {"value_embeddings": own})
+        model = model_of(vocabulary, **SHAPES["V3"] | EVERY_EXPERT | dict.fromkeys(BOTH, own))
         folder = tmp_path / str(own)
         folder.mkdir()
         again = imported(make_run(folder / "run", model, vocabulary), folder, dtype)
@@ -141,20 +147,21 @@ def test_gguf_has_the_wide_shapes(tmp_path: Path) -> None:
     export_gguf(run, tmp_path / "gguf", "fp32")
     export_release(run, tmp_path / "out", "fp32")
     reader = GGUFReader(tmp_path / "gguf" / "model-fp32.gguf")
-    assert reader.fields["deepseek2.embedding_length"].parts[-1][0] == 32 + 24
+    assert reader.fields["deepseek2.embedding_length"].parts[-1][0] == 2 * 32 + 24
     assert reader.fields["deepseek2.attention.kv_lora_rank"].parts[-1][0] == 16 + 24
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    assert found["token_embd.weight"].shape[1] == 32 + 24
+    assert found["token_embd.weight"].shape[1] == 2 * 32 + 24
     assert found["blk.0.attn_v_b.weight"].shape == (2, 12, 16 + 24)
 
 
-def test_where_value_embeddings_do_not_go() -> None:
-    with pytest.raises(BadInput, match=r"mesh\.pp=1"):
-        read_recipe(str(RECIPE), ["model.value_embeddings=true", "mesh.pp=2"])
+def test_where_it_does_not_go() -> None:
+    for what in BOTH:
+        with pytest.raises(BadInput, match=r"mesh\.pp=1"):
+            read_recipe(str(RECIPE), [f"model.{what}=true", "mesh.pp=2"])
     with pytest.raises(BadInput, match=r"mesh\.tp 2: value embeddings"):
         check(tiny(value_embeddings=True), 2)
 
 
-def test_without_value_embeddings_nothing_is_unfolded() -> None:
+def test_where_tokens_bring_nothing_there_is_nothing_to_unfold() -> None:
     config = tiny()
     assert unfold.unfolded(config) is config

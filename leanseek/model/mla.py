@@ -6,10 +6,8 @@ Direct form, for training and long prefills: expand the latent to keys and value
 Absorbed form, for decoding: fold the expansion into query and output, attend over the latent itself; the cache then
 holds C + R values per token, and nothing is expanded.
 
-With value embeddings (`value_embeddings`, not V3's) a token brings values of its own, E = H · V of them. They are kept
-behind its latent, which is then C + E wide, and added to what the latent is expanded to, in each layer to a share. They
-are divided by the root mean squares that the norms before them divide by, so that a plain V3 can say the same
-(`model/unfold.py`).
+With value embeddings (`model.own`, not V3's) a token has E = H · V values of its own. They are kept behind its latent,
+which is then C + E wide, and a share of them is added to what the latent is expanded to.
 """
 
 from typing import Protocol
@@ -20,9 +18,9 @@ from torch import Tensor, nn
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
+from leanseek.model.own import NOTHING, Own
 from leanseek.model.rope import apply_rope, softmax_scale
 from leanseek.ops.attention import attention, largest_logits, masked_scores
-from leanseek.ops.elementwise import over_rms
 
 LATENT_NORM_EPS = 1e-6  # the released code gives its latent norms this constant, whatever rms_norm_eps says
 
@@ -66,33 +64,30 @@ class MLA(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
-        values: Tensor | None = None,
+        own: Own = NOTHING,
     ) -> Tensor:
-        """x [B, T, D], rope = cos, sin [B, T, R/2], mask bool [B, 1, T, S] or None for plain causal → [B, T, D].
-
-        values [B, T, E] are the tokens' own, where there are value embeddings.
-        """
+        """x [B, T, D], rope = cos, sin [B, T, R/2], mask bool [B, 1, T, S] or None for plain causal → [B, T, D]."""
         cos, sin = rope
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
         # q_nope [B, T, H, N] and q_rope [B, T, H, R]
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
-        latent, k_rope = self.compress(x, rope, values)
+        latent, k_rope = self.compress(x, rope, own)
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)
         absorb = cache is not None and not self.training and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
         heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 
-    def compress(self, x: Tensor, rope: tuple[Tensor, Tensor], values: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def compress(self, x: Tensor, rope: tuple[Tensor, Tensor], own: Own = NOTHING) -> tuple[Tensor, Tensor]:
         """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R].
 
-        With their own values [B, T, E] the latent is [B, T, C + E].
+        With value embeddings the latent is [B, T, C + E].
         """
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kept = self.kv_a_layernorm(latent)
+        kept, values = self.kv_a_layernorm(latent), own.over(latent, LATENT_NORM_EPS).scaled()
         if values is not None:
-            kept = torch.cat((kept, over_rms(values, latent, LATENT_NORM_EPS)), dim=-1)
+            kept = torch.cat((kept, values), dim=-1)
         return kept, apply_rope(k_rope, *rope)
 
     def direct(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:

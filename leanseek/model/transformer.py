@@ -17,10 +17,12 @@ from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.mla import LatentCache
 from leanseek.model.moe import Experts, LocalDispatcher, Router
 from leanseek.model.mtp import MTPModule
+from leanseek.model.own import NOTHING, Own
 from leanseek.model.rope import rotary
 from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.precision import Plain
 
+SHARES = {"embedding_share": 0.0, "value_share": 0.5}
 OUTPUTS = re.compile(r"(^lm_head|\.o_proj|\.down_proj)(\.weight)?$")
 
 
@@ -66,14 +68,15 @@ class Transformer(nn.Module):
         attend to every cached position up to their own. The head is apart: `lm_head`.
         """
         rope, mask = rotary(positions, self.config), attention_mask(positions, segments, cached=cache is not None)
-        hidden, values = ids, None
+        hidden, own = ids, NOTHING
         if not ids.is_floating_point():
             assert self.embed_tokens is not None
-            hidden, values = self.embed_tokens(ids).to(self.dtype), self.own_values(ids)
+            hidden = self.embed_tokens(ids).to(self.dtype)
+            own = self.own(ids, hidden)
         for index, layer in self.layers.items():
             if self.awake is not None and int(index) >= self.awake:
                 break
-            hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)], values)
+            hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)], own)
         return hidden if self.norm is None else self.norm(hidden)
 
     def predict_further(
@@ -99,7 +102,7 @@ class Transformer(nn.Module):
             where = positions[:, :kept]
             mask = attention_mask(where, None if segments is None else segments[:, :kept], cached=cache is not None)
             embedded = self.embed_tokens(tokens).to(self.dtype)
-            own = self.own_values(tokens)
+            own = self.own(tokens, embedded)
             hidden = module(embedded, hidden[:, :kept], rotary(where, self.config), mask, cache, own)
             further.append(hidden)
         return further
@@ -112,11 +115,13 @@ class Transformer(nn.Module):
         assert self.embed_tokens is not None
         embedded, module = self.embed_tokens(ids).to(self.dtype), next(iter(self.mtp.values()))
         assert isinstance(module, MTPModule)
-        module.remember(embedded, hidden, rotary(positions, self.config), cache, self.own_values(ids))
+        own = self.own(ids, embedded)
+        module.remember(embedded, hidden, rotary(positions, self.config), cache, own)
 
-    def own_values(self, ids: Tensor) -> Tensor | None:
-        """What each token adds to the values of all heads: ids [B, T] → [B, T, E]; None without value embeddings."""
-        return None if self.embed_values is None else self.embed_values(ids).to(self.dtype)
+    def own(self, ids: Tensor, embedded: Tensor) -> Own:
+        """What tokens ids [B, T], looked up as embedded [B, T, D], bring to every layer."""
+        values = None if self.embed_values is None else self.embed_values(ids).to(self.dtype)
+        return Own(embedded if self.config.embedding_shares else None, values)
 
     def routers(self) -> dict[str, Router]:
         """Every router by name, those of the MTP modules included."""
@@ -131,8 +136,8 @@ class Transformer(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """What each parameter begins with, by name, one at a time: matrices from N(0, std²) (report §4.2), norms one.
 
-        Embeddings may have a deviation of their own, of those of the values half is added at first; with `zero_outputs`
-        what writes into the residual stream, and the head, begin at zero. The model itself may have no memory (device
+        Embeddings may have a deviation of their own, and what tokens bring begins with SHARES; with `zero_outputs` what
+        writes into the residual stream, and the head, begin at zero. The model itself may have no memory (device
         "meta"). Without a generator matrices hold anything.
         """
         for name, module in self.named_modules():
@@ -141,8 +146,8 @@ class Transformer(nn.Module):
                 whole = f"{name}.{own}"
                 if isinstance(module, RMSNorm):
                     value.fill_(1.0)
-                elif own == "value_share":
-                    value.fill_(0.5)
+                elif own in SHARES:
+                    value.fill_(SHARES[own])
                 elif zero_outputs and OUTPUTS.search(whole):
                     value.zero_()
                 elif generator is not None:

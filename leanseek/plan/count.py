@@ -28,7 +28,7 @@ class Parameters:
     routed_experts: int
     shared_experts: int
     router: int  # gate weights and, with noaux_tc, e_score_correction_bias
-    norms: int  # every RMSNorm, those on the latents included, and shares of value embeddings
+    norms: int  # every RMSNorm, those on the latents included, and the shares of what tokens bring
     mtp: int  # what the MTP modules own; embedding and head are the main model's
     idle_experts: int  # of `routed_experts`, those a token does not visit
     mtp_idle_experts: int
@@ -73,7 +73,7 @@ def parameters(config: ModelConfig) -> Parameters:
         routed_experts=moe_layers * routed,
         shared_experts=moe_layers * shared,
         router=moe_layers * router,
-        norms=layers * norms + d,
+        norms=layers * (norms + config.embedding_shares) + d,
         mtp=depths * mtp,
         idle_experts=moe_layers * idle,
         mtp_idle_experts=depths * idle,

@@ -78,8 +78,9 @@ class Runner:
     def step(self, tokens: Tensor, cache: Cache, now: "Now") -> Tensor:
         """The next tokens of every row [B, T], which go into the cache → final hidden states [B, T, D]."""
         x, values = F.embedding(tokens.flatten(), self.embedding).to(self.dtype), self.own_values(tokens)
+        embedded = x
         for layer, kept in zip(self.layers, cache.layers, strict=False):  # the MTP module's comes behind them
-            x = layer(x, kept, now, values)
+            x = layer(x, kept, now, embedded, values)
         return self.norm(x).view(*tokens.shape, -1)
 
     def chosen(self) -> Tensor:
@@ -130,16 +131,23 @@ class _Layer:
         self.before_attention = _Norm(block.input_layernorm, activations)
         self.attention = _Attention(block.self_attn, dtype, decode)
         self.before_mlp = _Norm(block.post_attention_layernorm, activations)
+        self.share = None if block.embedding_share is None else block.embedding_share.item()
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
-    def __call__(self, x: Tensor, kept: Tensor, now: Now, values: Tensor | None) -> Tensor:
-        """x [B · T, D], values [B · T, H · V], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D]."""
-        normed, own = self.before_attention.with_beside(x, values)
-        x = self.beside(x, lambda into: self.attention(into, normed, kept, now, own))
-        return self.after_attention(x)
+    def __call__(self, x: Tensor, kept: Tensor, now: Now, embedded: Tensor, values: Tensor | None) -> Tensor:
+        """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D].
 
-    def after_attention(self, x: Tensor) -> Tensor:
-        normed = self.before_mlp(x)
+        Of the tokens, their embedding [B · T, D] and, where they have any, values of their own [B · T, H · V].
+        """
+        normed, own = self.before_attention.and_values(x, values)
+        x = self.beside(x, lambda into: self.attention(into, normed, kept, now, own))
+        return self.after_attention(x, embedded)
+
+    def after_attention(self, x: Tensor, embedded: Tensor | None) -> Tensor:
+        if embedded is None or self.share is None:
+            normed = self.before_mlp(x)
+        else:
+            normed = self.before_mlp.with_beside(x, embedded, self.share)
         return self.beside(x, lambda into: self.mlp(into, normed))
 
     def beside(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -167,13 +175,13 @@ class _MTP:
         values: Tensor | None,
     ) -> Tensor:
         """hidden, embedded [B · T, D], own values [B · T, H · V] → [B, D]."""
-        embedded, values = self.enorm.with_beside(embedded, values)
+        embedded, values = self.enorm.and_values(embedded, values)
         x, layer = self.join(torch.cat((embedded, self.hnorm(hidden)), dim=-1)), self.layer
-        normed, values = layer.before_attention.with_beside(x, values)
+        normed, values = layer.before_attention.and_values(x, values)
         q = layer.attention.remember(normed, kept, now, values)
         x, q = x[last], q[last]
         x = layer.beside(x, lambda into: layer.attention.attend(into, q, kept, then))
-        return self.norm(layer.after_attention(x))
+        return self.norm(layer.after_attention(x, None))
 
 
 class _Attention:
@@ -217,7 +225,7 @@ class _Attention:
         """Keeps the latents, own values and keys of normed [B · T, D]; returns what queries are made of [B · T, …]."""
         q, latent, key = self.down(normed).split([self.first, self.compressed, self.rope], dim=-1)
         turn(key, now.turns)
-        latent, own = self.latent_norm.with_beside(latent, values)
+        latent, own = self.latent_norm.and_values(latent, values)
         parts = (latent, key) if own is None else (latent, own, key)
         kept.index_copy_(0, now.places.slots, torch.cat(parts, dim=-1))
         return q
@@ -377,14 +385,24 @@ class _Norm:
         self.least = torch.tensor((norm.eps * width) ** 0.5, dtype=self.wide, device=norm.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.with_beside(x, None)[0]
+        return self.divided(x, self.length(x))
 
-    def with_beside(self, x: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The norm of x, and a token's own values divided by the same root mean square."""
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide).hypot_(self.least)
+    def with_beside(self, x: Tensor, beside: Tensor, share: float) -> Tensor:
+        """Of x and a share of what is beside it, divided as x is."""
+        return self.divided(torch.add(x, beside, alpha=share), self.length(x))
+
+    def and_values(self, x: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The norm of x, and a token's own values divided as x is."""
+        length = self.length(x)
+        own = None if values is None else torch.div(values, length).mul_(self.root).to(self.dtype)
+        return self.divided(x, length), own
+
+    def length(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide).hypot_(self.least)
+
+    def divided(self, x: Tensor, length: Tensor) -> Tensor:
         normed = torch.div(x, length).mul_(self.weight)
-        own = None if values is None else torch.mul(values, length.reciprocal_().mul_(self.root)).to(self.dtype)
-        return normed if self.dtype == self.wide else normed.to(self.dtype), own
+        return normed if self.dtype == self.wide else normed.to(self.dtype)
 
 
 def turn(x: Tensor, turns: Tensor) -> None:
