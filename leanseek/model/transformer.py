@@ -22,7 +22,7 @@ from leanseek.model.rope import rotary
 from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.precision import Plain
 
-SHARES = {"embedding_share": 0.0, "value_share": 0.5}
+SHARES = {"embedding_share": 0.0, "value_share": 2.0}
 OUTPUTS = re.compile(r"(^lm_head|\.o_proj|\.down_proj)(\.weight)?$")
 
 
