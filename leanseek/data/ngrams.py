@@ -129,7 +129,9 @@ def _discounted(n: int, grams: NDArray[np.int64], times: NDArray[np.int64], voca
     taken = _discounts(times)[np.minimum(times, 3)]
     shares = (times - taken) / np.repeat(totals, np.diff(first))
     left = np.add.reduceat(taken, first[:-1]) / totals
-    return Order(n, contexts, first, (grams % vocabulary).astype(np.int32), shares.astype(np.float32), left.astype(np.float32))
+    return Order(
+        n, contexts, first, (grams % vocabulary).astype(np.int32), shares.astype(np.float32), left.astype(np.float32)
+    )
 
 
 def _discounts(times: NDArray[np.int64]) -> NDArray[np.float64]:
