@@ -149,8 +149,8 @@ def linear_expected_cross_entropy(
 ) -> Tensor:
     """The value of `linear_cross_entropy`, with the gradient of −Σ Σᵥ r(v) log p(v) over the valid targets.
 
-    hidden [N, D], weight [V, D], targets [N]. r is the target and, `share` of it, what is expected: from that is learnt,
-    while what a run tells should be comparable.
+    hidden [N, D], weight [V, D], targets [N]. r is the target and, `share` of it, what is expected: a run learns from
+    that, while what it tells should be comparable.
     """
 
     def of_rows(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor]:
