@@ -48,7 +48,7 @@ ROWS = (
     Row(
         BEST,
         "dense model with the speedruns' practice: QK-norm, squared ReLU, value embeddings, Muon, decay to zero",
-        4_200_000,
+        3_500_000,
         (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
         Control("best", 3_500_000, 1.6e-2, 4096, vocab_size=6144, layers=3, width=128, heads=2),
     ),
