@@ -562,10 +562,11 @@ def part_of(name: str) -> str:
     """The field of plan.count.Parameters that a parameter or buffer belongs to."""
     if name.startswith("mtp."):
         return "mtp"
-    if "norm" in name:
+    if "norm" in name or name.endswith("_share"):
         return "norms"
     for piece, part in (
         ("embed_tokens.", "embedding"),
+        ("embed_values.", "embedding"),
         ("lm_head.", "head"),
         (".self_attn.", "attention"),
         (".mlp.experts.", "routed_experts"),
