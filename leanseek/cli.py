@@ -66,7 +66,7 @@ def prepare(
         ),
     ],
     out: Annotated[Path, typer.Option(metavar="DATA", help="Where to put the shards.")],
-    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer trained on the text.")] = 4096,
+    vocab_size: Annotated[int, typer.Option(help="Size of the tokenizer trained on the text.")] = 6144,
     tokenizer: Annotated[Path | None, typer.Option(metavar="DIR", help="Reuse this tokenizer instead.")] = None,
     workers: Annotated[int | None, typer.Option(help="Processes; one per core unless told.")] = None,
     validation: Annotated[

@@ -65,6 +65,11 @@ class ModelConfig(Section):
     qk_nope_head_dim: int = Field(gt=0)
     qk_rope_head_dim: int = Field(gt=0)
     v_head_dim: int = Field(gt=0)
+    # What a token brings to every layer, beside the stream: a share of its embedding, which the FFN reads anew, and
+    # values of its own, out of a second table, for all heads. Not V3's, but a V3 of wider matrices says the same, and
+    # as that it is exported (`model/unfold.py`).
+    embedding_shares: bool = False
+    value_embeddings: bool = False
 
     n_routed_experts: int = Field(gt=0)
     n_shared_experts: int = Field(ge=0)
@@ -125,6 +130,21 @@ class ModelConfig(Section):
     def qk_head_dim(self) -> int:
         return self.qk_nope_head_dim + self.qk_rope_head_dim
 
+    @property
+    def brings(self) -> bool:
+        """Whether tokens bring anything of their own to every layer."""
+        return self.embedding_shares or self.value_embeddings
+
+    @property
+    def value_width(self) -> int:
+        """Values of all heads that a token has of its own: the width of the value embeddings, 0 without them."""
+        return self.num_attention_heads * self.v_head_dim if self.value_embeddings else 0
+
+    @property
+    def latent_width(self) -> int:
+        """What attention keeps of a token beside the rotary key: its latent and, if it has any, its own values."""
+        return self.kv_lora_rank + self.value_width
+
     def is_moe(self, layer: int) -> bool:
         """Whether the layer's FFN is a mixture; MTP blocks, counted on from num_hidden_layers, always are."""
         return layer >= self.first_k_dense_replace
@@ -151,7 +171,7 @@ class TrainConfig(Section):
     kernel_table: str | None = None  # what `bench kernels` stored here: FP8 only for shapes where it was faster
     micro_batch: int = Field(16, gt=0)  # sequences per forward pass; the schedule's batch is reached by accumulation
     init_std: float = Field(0.006, gt=0)  # report §4.2
-    embedding_std: float | None = Field(None, gt=0)  # of the token embedding; None: init_std, as V3
+    embedding_std: float | None = Field(None, gt=0)  # of the embeddings; None: init_std, as V3
     zero_outputs: bool = False  # what writes into the residual stream, and the head, begin at zero: not V3
     balance_loss_alpha: float = Field(1e-4, ge=0)  # report eq. 17
     mtp_length: int | None = Field(None, gt=0)  # tokens at the beginning of each row that MTP learns from; None: all
@@ -191,7 +211,7 @@ class OptimizerConfig(Section):
     eps: float = Field(1e-8, gt=0)
     moments: Literal["fp32", "bf16"] = "fp32"  # how they rest between steps
     weight_decay: float = Field(0.1, ge=0)
-    embedding_rate: float = Field(1.0, gt=0)  # × the learning rate for the token embedding, which then does not decay
+    embedding_rate: float = Field(1.0, gt=0)  # × the learning rate for the embeddings, which then do not decay
     clip: float = Field(1.0, gt=0)
     muon_momentum: float = Field(0.95, ge=0, lt=1)
     muon_steps: int = Field(5, gt=0)
@@ -401,6 +421,11 @@ class Config(Section):
             )
         if awake and self.mesh.pp > 1:
             raise ValueError("schedule.layers: ranks whose layers sleep would wait: mesh.pp=1, or schedule.layers=[]")
+        if self.model.brings and self.mesh.pp > 1:
+            raise ValueError(
+                "only the first stage of a pipeline has the tokens: mesh.pp=1, or model.value_embeddings=false "
+                "model.embedding_shares=false"
+            )
         if self.counts is not None and (self.mesh.pp > 1 or self.mesh.cp > 1 or self.teacher is not None):
             raise ValueError("counts go with whole rows on one rank, and with no teacher: mesh.pp=1, mesh.cp=1")
         return self

@@ -37,6 +37,7 @@ from leanseek.train.schedule import knobs
 from leanseek.train.setup import settled
 from leanseek.train.step import train_step
 
+VOCABULARY = 4096  # of the recipe demo
 STORY_BYTES, MOST_STORY_BYTES = 1_700_000, 60_000_000  # text made for each minute, and at most
 HELD_OUT, VIGNETTES = 300_000, 2_000_000  # bytes of stories to validate on, and of vignettes to begin with
 CHATS_PER_MINUTE, MOST_CHATS = 1_200, 60_000
@@ -57,7 +58,7 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     data, base = run.with_name(f"{run.name}-data"), run.with_name(f"{run.name}-base")
     screen = Screen(minutes, stories=text is None)
 
-    screen.step("Text and tokenizer", "raw text → clean documents → 4,096 tokens → shards")
+    screen.step("Text and tokenizer", f"raw text → clean documents → {VOCABULARY:,} tokens → shards")
     source = "" if text is None else str(Path(text).absolute()) if Path(text).exists() else text
     remembered = data / "demo-text"
     if not (data / "manifest.json").exists():
@@ -67,9 +68,11 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
                 [f"storyworld:{size}", f"vignettes:{min(VIGNETTES, size // 4)}"],
                 min(HELD_OUT, size // 4),
             )
-            report = prepare(inputs, data, progress=sys.stderr.isatty(), validation=[f"storyworld:{held_out}"])
+            report = prepare(
+                inputs, data, VOCABULARY, progress=sys.stderr.isatty(), validation=[f"storyworld:{held_out}"]
+            )
         else:
-            report = prepare([text], data, progress=sys.stderr.isatty())
+            report = prepare([text], data, VOCABULARY, progress=sys.stderr.isatty())
         screen.show(report.lines())
         remembered.write_text(source, encoding="utf-8")
     elif remembered.exists() and remembered.read_text(encoding="utf-8") != source:

@@ -69,11 +69,11 @@ def export_gguf(run: Path, folder: Path, dtype: str | None = None, averaged: boo
         dtype = "fp32" if weights.dtype("lm_head.weight") == torch.float32 else "bf16"
     matrix = torch.float32 if dtype == "fp32" else torch.bfloat16
     planned = list(_tensors(weights, matrix))
-    tokenizer = _tokenizer(run, weights.config.model)
+    tokenizer = _tokenizer(run, weights.model)
     needed = sum(tensor.nbytes for tensor in planned)
     with staged(folder, f"gguf {run.absolute()} {dtype}", needed) as writing:
         writer = gguf.GGUFWriter(writing / f"model-{dtype}.gguf", ARCHITECTURE)
-        _describe(writer, weights.config.model, run.resolve().name)
+        _describe(writer, weights.model, run.resolve().name)
         for key, value in tokenizer.items():
             getattr(writer, f"add_{key}")(value)
         for tensor in planned:
@@ -168,11 +168,11 @@ def _tokenizer(run: Path, config: ModelConfig) -> dict[str, Any]:
 
 def _tensors(weights: Weights, matrix: torch.dtype) -> Iterator[Planned]:
     """Every tensor of the file, read when its turn comes; shapes are torch's, GGUF counts dims the other way round."""
-    config = weights.config.model
+    config = weights.model
     heads, nope, latent = config.num_attention_heads, config.qk_nope_head_dim, config.kv_lora_rank
 
     def one(name: str, released: str) -> Planned:
-        shape = weights.places[released].shape
+        shape = weights.shapes[released]
         dtype = torch.float32 if len(shape) == 1 or name.endswith(PRECISE) else matrix
         return Planned(name, dtype, shape, [partial(weights.values, released, dtype)])
 
@@ -200,5 +200,5 @@ def _tensors(weights: Weights, matrix: torch.dtype) -> Iterator[Planned]:
         )
         for kind, name in STACKS.items() if config.is_moe(layer) else ():
             experts = [f"{block}.mlp.experts.{e}.{kind}.weight" for e in range(config.n_routed_experts)]
-            shape = (len(experts), *weights.places[experts[0]].shape)
+            shape = (len(experts), *weights.shapes[experts[0]])
             yield Planned(f"{there}.{name}", matrix, shape, [partial(weights.values, e, matrix) for e in experts])

@@ -33,6 +33,7 @@ from leanseek.config import BadInput, Config, ModelConfig, explain
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.lora import A, B, delta
 from leanseek.model.transformer import Transformer
+from leanseek.model.unfold import unfolded, widen
 from leanseek.ops.fp8 import FP8, SCALE, dequantise, quantise, scale_shape, scales_of
 from leanseek.weightfiles import INDEX, Planned, Stored, open_folder, staged, write_folder
 
@@ -50,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek_v3": {"model_type": "deepseek_v3"},
     "kimi_k2": {"model_type": "deepseek_v3"},
 }
+OURS = ("verbatim", "embedding_shares", "value_embeddings")  # of our fields those that no release has
 ARCHITECTURES = {"deepseek_v2": "DeepseekV2ForCausalLM", "deepseek_v3": "DeepseekV3ForCausalLM"}
 
 # What an FP8 release quantises, in its spelling: attention, dense FFN and experts, but no gate, norm or `eh_proj`.
@@ -142,7 +144,7 @@ def model_config(released: dict[str, Any], file: Path) -> ModelConfig:
             f"{file}: model_type {released.get('model_type')!r} is not read here, only {', '.join(FAMILIES)}"
         )
     released |= _rope(released)
-    fields = {name: released[name] for name in ModelConfig.model_fields if name in released and name != "verbatim"}
+    fields = {name: released[name] for name in ModelConfig.model_fields if name in released and name not in OURS}
     if not fields.get("q_lora_rank"):
         fields["q_lora_rank"] = None  # some write 0
     verbatim = {key: value for key, value in released.items() if key not in fields and value is not None}
@@ -175,7 +177,7 @@ def _rope(released: dict[str, Any]) -> dict[str, Any]:
 
 def released_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
     """config.json of a model whose matrices are stored in `dtype`."""
-    fields = config.model_dump(exclude={"verbatim"}) | {"num_key_value_heads": config.num_attention_heads}
+    fields = config.model_dump(exclude=set(OURS)) | {"num_key_value_heads": config.num_attention_heads}
     released: dict[str, Any] = {"architectures": [ARCHITECTURES[config.model_type]], "use_cache": True}
     released |= fields | config.verbatim
     quantization = QUANTIZATION_CONFIG | released.pop("quantization_config", {})
@@ -364,7 +366,10 @@ class Weights:
             raise BadInput(f"{run}: is a reward model, which other tools have no place for: export what it began with")
         found = checkpoint.newest_weights(run, averaged)
         self.adapters, self.lora = found.adapters, found.lora
-        self.tensors, self.places = open_folder(found.folder), layout(self.config.model)
+        self.tensors = open_folder(found.folder)
+        self.model = unfolded(self.config.model)  # as it is released
+        self.shapes = {name: place.shape for name, place in layout(self.model).items()}
+        self.places = {name: place for name, place in layout(self.config.model).items() if name in self.shapes}
         self.kept = open_folder(run / "released") if (run / "released" / INDEX).is_file() else {}
         quantization = self.config.model.verbatim.get("quantization_config", {})
         self.power_of_two = quantization.get("scale_fmt") == "ue8m0"
@@ -376,7 +381,7 @@ class Weights:
 
     def read(self, released: str, suffix: str = "") -> Tensor:
         """The tensor in the precision it is stored in, or with SCALE the scales beside it."""
-        if not suffix and self._adapted(released):
+        if not suffix and (self._adapted(released) or self.config.model.brings):
             return self.values(released, self.dtype(released))
         return self._stored(released, suffix)
 
@@ -388,6 +393,9 @@ class Weights:
         if adapter:
             assert self.lora is not None
             values = values.float() + delta(*adapter, self.lora)
+        if self.config.model.brings:
+            ours = self.places[released].name
+            values = widen(ours, values.float(), self.config.model, lambda name: self.tensors[name].read().float())
         return values.to(dtype)
 
     def codes(self, released: str) -> Tensor:
@@ -452,7 +460,7 @@ def export_release(run: Path, folder: Path, dtype: str | None = None, averaged: 
             for file in kept_in.iterdir() if kept_in.is_dir() else ():
                 if file.is_file() and not file.name.endswith(WEIGHT_FILES):
                     shutil.copyfile(file, writing / file.name)
-        _write_json(writing / "config.json", released_config(model, wanted))
+        _write_json(writing / "config.json", released_config(weights.model, wanted))
         training = weights.config.model_dump(mode="json", exclude={"model", "lora", "teacher"})
         notes = {"chats": checkpoint.chats(run), "training": training}
         if "quantization_config" in model.verbatim:
@@ -464,7 +472,7 @@ def _released(weights: Weights, wanted: torch.dtype, as_stored: bool) -> list[Pl
     """Every tensor of the release, converted when its turn comes."""
     came_in_fp8 = {name.removesuffix(SCALE) for name in weights.kept if name.endswith(SCALE)}
     planned = []
-    for name, place in weights.places.items():
+    for name, shape in weights.shapes.items():
         stored = weights.dtype(name)
         if as_stored:
             dtype = stored
@@ -477,12 +485,12 @@ def _released(weights: Weights, wanted: torch.dtype, as_stored: bool) -> list[Pl
             dtype = wanted
         if dtype == FP8:
             scale_dtype = weights.kept[name + SCALE].dtype if came_in_fp8 else torch.float32
-            blocks, scales = scale_shape(*place.shape), partial(weights.scales, name, scale_dtype)
-            planned.append(Planned(name, FP8, place.shape, [partial(weights.codes, name)]))
+            blocks, scales = scale_shape(*shape), partial(weights.scales, name, scale_dtype)
+            planned.append(Planned(name, FP8, shape, [partial(weights.codes, name)]))
             planned.append(Planned(name + SCALE, scale_dtype, blocks, [scales]))
         else:
             read = partial(weights.read, name) if dtype == stored else partial(weights.values, name, dtype)
-            planned.append(Planned(name, dtype, place.shape, [read]))
+            planned.append(Planned(name, dtype, shape, [read]))
     return planned + _as_they_are({name: kept for name, kept in weights.kept.items() if DERIVED.fullmatch(name)})
 
 

@@ -33,6 +33,9 @@ REMOVED: dict[str, tuple[str, ...]] = {
     "embedding like the rest": ("train.embedding_std=none", "optimizer.embedding_rate=1"),
     "outputs not from zero": ("train.zero_outputs=false", "schedule.layers=[]"),
     "queries not compressed": ("model.q_lora_rank=none",),
+    "no embedding anew": ("model.embedding_shares=false",),
+    "no values of the tokens' own": ("model.value_embeddings=false",),
+    "four layers": ("model.num_hidden_layers=4",),
     "beta1 0.9": ("optimizer.beta1=0.9",),
     "decay over the last 30% alone": (
         "schedule.learning_rate=[{until=0.02,value=1.6e-2,shape='linear'},{until=0.7,value=1.6e-2},"
@@ -45,7 +48,7 @@ REMOVED: dict[str, tuple[str, ...]] = {
         "{until=1.0,value=0.0,shape='linear'}]",
     ),
     "MTP from the start": ("schedule.mtp_weight=[{until=1.0,value=0.3}]", "train.mtp_length=none"),
-    "no routed experts": ("model.first_k_dense_replace=4",),
+    "no routed experts": ("model.first_k_dense_replace=3",),
     "bias speed 0.001": ("schedule.bias_speed=[{until=1.0,value=0.001}]",),
 }
 

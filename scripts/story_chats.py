@@ -57,7 +57,7 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.base is None:
         if not (data / "manifest.json").exists():
-            prepare(["storyworld:8MB"], data, validation=["storyworld:200KB"])
+            prepare(["storyworld:8MB"], data, 4096, validation=["storyworld:200KB"])
         pretrain(read_recipe("demo", [f"train.tokens={round(asked.tokens)}", "train.dtype=fp32"]), data, base)
     if not file.exists():
         write_chats(file, asked.chats)

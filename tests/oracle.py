@@ -17,7 +17,7 @@ from transformers.modeling_layers import MtpModel
 from leanseek.config import ModelConfig
 from leanseek.model.layers import RMSNorm
 from leanseek.model.moe import Experts, Router
-from leanseek.model.transformer import Transformer
+from leanseek.model.transformer import SHARES, Transformer
 
 TINY = ModelConfig(
     vocab_size=64,
@@ -52,6 +52,9 @@ def fill(model: nn.Module, seed: int = 0) -> None:
 
     with torch.no_grad():
         for name, module in model.named_modules():
+            for share in SHARES:
+                if isinstance(getattr(module, share, None), nn.Parameter):
+                    normal(getattr(module, share), 0.3, mean=1.0)
             if isinstance(module, RMSNorm):
                 uniform = torch.empty(module.weight.shape, dtype=torch.float64).uniform_(0.5, 1.5, generator=generator)
                 module.weight.copy_(uniform)

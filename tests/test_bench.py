@@ -755,7 +755,7 @@ def test_the_status_names_every_item(texts: Path, tmp_path: Path, capsys: pytest
 def test_rows_of_the_package_are_whole() -> None:
     for row in ROWS:
         assert shape(row)[1] > 0
-        assert rows.vocabulary(row) == 4096
+        assert rows.vocabulary(row) == (6144 if row.name in (rows.OURS, rows.BEST) else 4096)
         assert len(row.rates) >= 5 or row.name == rows.OURS
     assert isinstance(Score(ROWS[0], None, 1, 1, (1.0,), (1.0,), 1.0, 0.0, 1.0).score, float)
 

@@ -29,7 +29,7 @@ from leanseek.train.step import loss_sums
 from tests import test_parallel
 from tests.pool import Pool
 from tests.runs import make_run, model_of, tokenizer
-from tests.test_parallel import ADAMW, Learnt, alone, config_of, differs, held_against_one, learn
+from tests.test_parallel import ADAMW, BRINGING, Learnt, alone, config_of, differs, held_against_one, learn
 from tests.tiny import RECIPE, make_data
 
 # ── rows cut over ranks ───────────────────────────────────────────────────────────────────────────────────────────
@@ -37,6 +37,7 @@ from tests.tiny import RECIPE, make_data
 CUT: dict[str, tuple[int, tuple[str, ...]]] = {
     "cp 2": (2, ("mesh.cp=2",)),
     "cp 4, two MTP modules": (4, ("mesh.cp=4", "model.num_nextn_predict_layers=2")),
+    "cp 2, tokens that bring": (2, ("mesh.cp=2", *BRINGING)),
     "cp × dp, accumulated": (4, ("mesh.cp=2", "train.micro_batch=2")),
 }
 

@@ -67,7 +67,7 @@ SAMPLINGS = [
 
 
 @pytest.mark.parametrize("speculate", [False, True])
-@pytest.mark.parametrize("shape", ["plain", "groups", "YaRN", "V2 groups"])
+@pytest.mark.parametrize("shape", ["plain", "groups", "YaRN", "V2 groups", "tokens that bring"])
 def test_texts_that_come_and_go_at_any_time_are_what_they_are_alone(
     shape: str, speculate: bool, vocabulary: Tokenizer
 ) -> None:

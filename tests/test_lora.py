@@ -45,6 +45,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "norm_topk_prob": False,
         "first_k_dense_replace": 1,
     },
+    "tokens that bring": {"value_embeddings": True, "embedding_shares": True, "num_nextn_predict_layers": 1},
 }
 
 
@@ -282,6 +283,24 @@ def test_a_checkpoint_holds_the_adapters_alone_and_loading_merges_them(base: Pat
             tensor = tensor + delta(stored[adapter], stored[adapter[: -len(A)] + B], lora)
             assert not torch.equal(tensor, before.state_dict()[name])
         torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
+
+
+def test_adapters_where_tokens_bring_something_are_merged_on_export(chats: Path, tmp_path: Path) -> None:
+    """The base is exported wider than the adapters are, so that there are none for PEFT."""
+    vocabulary = small_tokenizer()
+    base = make_run(tmp_path / "base", model_of(vocabulary, **SHAPES["tokens that bring"]), vocabulary)
+    sft(base, chats, tmp_path / "tuned", (*QUICK, "lora.rank=4", "lora.base=unchanged", "stages.0.sequence_length=48"))
+    assert not (tmp_path / "tuned" / "adapter").exists()
+    export_release(tmp_path / "tuned", tmp_path / "merged", "fp32")
+    model, before = (leanseek.load_model(run).eval() for run in (tmp_path / "tuned", base))
+    ids, positions = sample(model.config, 2, 20)
+    assert model.lm_head is not None
+    assert before.lm_head is not None
+    with torch.no_grad():
+        merged = DeepseekV3ForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(ids).logits
+        wanted, untuned = model.lm_head(model(ids, positions)), before.lm_head(before(ids, positions))
+    assert (wanted - untuned).abs().max() > 1e-3 * wanted.abs().max()
+    assert (merged - wanted).abs().max() < 1e-4 * wanted.abs().max()
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")  # PEFT asks transformers so

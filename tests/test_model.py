@@ -410,6 +410,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "YaRN": {"rope_scaling": YARN},
     "null q": {"q_lora_rank": None, "qk_nope_head_dim": 4, "v_head_dim": 20},
     "narrow latent": {"kv_lora_rank": 4, "num_attention_heads": 4},
+    "value embeddings": {"value_embeddings": True},
 }
 
 
@@ -434,7 +435,7 @@ def test_absorbed_equals_direct(shape: str, masked: bool, dtype: torch.dtype) ->
     parts = (
         random(2, queries, heads, config.qk_nope_head_dim),
         random(2, queries, heads, config.qk_rope_head_dim),
-        random(2, keys, config.kv_lora_rank),
+        random(2, keys, config.latent_width),
         random(2, keys, config.qk_rope_head_dim),
     )
     direct, absorbed = layer.direct(*parts, mask), layer.absorbed(*parts, mask)
@@ -447,7 +448,7 @@ def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
         parts = [
             torch.empty(1, queries, layer.heads, layer.qk_nope_head_dim, device="meta"),
             torch.empty(1, queries, layer.heads, layer.qk_rope_head_dim, device="meta"),
-            torch.empty(1, keys, layer.kv_lora_rank, device="meta"),
+            torch.empty(1, keys, layer.latent_width, device="meta"),
             torch.empty(1, keys, layer.qk_rope_head_dim, device="meta"),
         ]
         mask = torch.ones(1, 1, queries, keys, dtype=torch.bool, device="meta")
@@ -457,7 +458,13 @@ def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
 
     published = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
     answers = []
-    for changes in (published, {}, {"kv_lora_rank": 4}, {"kv_lora_rank": 40, "v_head_dim": 30}):
+    for changes in (
+        published,
+        {},
+        {"kv_lora_rank": 4},
+        {"kv_lora_rank": 40, "v_head_dim": 30},
+        {"value_embeddings": True},
+    ):
         layer = MLA(tiny(**changes)).to("meta")
         for queries, keys in itertools.product((1, 2, 7, 15, 24, 169, 170, 171), (1, 2, 8, 170, 1000, 100_000)):
             if queries <= keys:
@@ -467,8 +474,11 @@ def test_absorbing_is_cheaper_where_fewer_flops_say_so() -> None:
     assert 20 < sum(answers) < len(answers) - 20
 
 
+@pytest.mark.parametrize("own", [False, True], ids=["", "value embeddings"])
 @pytest.mark.parametrize("chunks", [[1] * 14, [14], [5, 1, 1, 4, 3], [12, 1, 1], [2, 12]], ids=str)
-def test_decoding_over_the_cache_equals_the_full_forward(chunks: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_over_the_cache_equals_the_full_forward(
+    chunks: list[int], own: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     forms: list[str] = []
 
     def noted(form: str) -> Callable[..., Tensor]:
@@ -482,7 +492,9 @@ def test_decoding_over_the_cache_equals_the_full_forward(chunks: list[int], monk
 
     monkeypatch.setattr(MLA, "direct", noted("direct"))
     monkeypatch.setattr(MLA, "absorbed", noted("absorbed"))
-    config = tiny(n_group=4, topk_group=2, first_k_dense_replace=1, rope_scaling=YARN, kv_lora_rank=100)
+    changes = {"n_group": 4, "topk_group": 2, "first_k_dense_replace": 1, "rope_scaling": YARN, "kv_lora_rank": 100}
+    config = tiny(**changes, value_embeddings=own)
+    wide = config.latent_width
     model = ours(config, dtype=torch.float64).eval()
     ids, positions = sample(config, tokens=14)
     full = model(ids, positions)
@@ -494,9 +506,9 @@ def test_decoding_over_the_cache_equals_the_full_forward(chunks: list[int], monk
     ]
     assert distance(torch.cat(pieces, dim=1), full) < 1e-12
     seen = list(itertools.accumulate(chunks))
-    cheaper = [n * (100 * 20 + keys * 180) < keys * 100 * 20 for n, keys in zip(chunks, seen, strict=True)]
+    cheaper = [n * (wide * 20 + keys * (2 * wide - 20)) < keys * 100 * 20 for n, keys in zip(chunks, seen, strict=True)]
     assert forms == [form for absorb in cheaper for form in ["absorbed" if absorb else "direct"] * 2]
-    assert cache[0].latent[0].shape[-1] + cache[0].keys[0].shape[-1] == config.kv_lora_rank + config.qk_rope_head_dim
+    assert cache[0].latent[0].shape[-1] + cache[0].keys[0].shape[-1] == wide + config.qk_rope_head_dim
 
 
 def test_a_cache_refuses_segments() -> None:
@@ -550,10 +562,11 @@ def part_of(name: str) -> str:
     """The field of plan.count.Parameters that a parameter or buffer belongs to."""
     if name.startswith("mtp."):
         return "mtp"
-    if "norm" in name:
+    if "norm" in name or name.endswith("_share"):
         return "norms"
     for piece, part in (
         ("embed_tokens.", "embedding"),
+        ("embed_values.", "embedding"),
         ("lm_head.", "head"),
         (".self_attn.", "attention"),
         (".mlp.experts.", "routed_experts"),

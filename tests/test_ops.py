@@ -10,7 +10,16 @@ from torch import Tensor
 
 from leanseek.ops import loss as loss_module
 from leanseek.ops.attention import attention, attention_reference, largest_logits
-from leanseek.ops.elementwise import rms_norm, rms_norm_reference, swiglu, swiglu_reference
+from leanseek.ops.elementwise import (
+    inverse_rms,
+    inverse_rms_reference,
+    rms_norm,
+    rms_norm_beside,
+    rms_norm_beside_reference,
+    rms_norm_reference,
+    swiglu,
+    swiglu_reference,
+)
 from leanseek.ops.experts import (
     BLOCK,
     grouped_linear,
@@ -181,6 +190,7 @@ def test_norm_and_swiglu_equal_their_references(dtype: torch.dtype, generator: t
     weight = torch.randn(12, generator=generator, dtype=torch.promote_types(dtype, torch.float32))
     pairs: list[Any] = [
         (rms_norm, rms_norm_reference, (x, weight), (1e-3,), x.shape),
+        (rms_norm_beside, rms_norm_beside_reference, (x, weight, x.flip(0), weight[:1]), (1e-3,), x.shape),
         (swiglu, swiglu_reference, (x,), (), (2, 5, 6)),
     ]
     tolerance = {torch.float64: 1e-14, torch.float32: 2e-6, torch.bfloat16: 2**-6}[dtype]
@@ -195,10 +205,24 @@ def test_norm_and_swiglu_equal_their_references(dtype: torch.dtype, generator: t
         assert all(distance(a.double(), b.double()) < tolerance for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_what_a_norm_multiplies_by_is_precise_in_any_precision(dtype: torch.dtype, generator: torch.Generator) -> None:
+    x = torch.randn(2, 5, 12, generator=generator).to(dtype)
+    ours, reference = inverse_rms(x, 1e-3), inverse_rms_reference(x, 1e-3)
+    assert ours.dtype == reference.dtype == torch.promote_types(dtype, torch.float32)
+    assert ours.shape == (2, 5, 1)
+    assert distance(ours, reference) < 1e-6
+
+
 def test_norm_and_swiglu_pass_gradcheck(generator: torch.Generator) -> None:
     x = torch.randn(3, 2, 6, dtype=torch.float64, generator=generator).requires_grad_()
     weight = torch.randn(6, dtype=torch.float64, generator=generator).requires_grad_()
     assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-2), (x, weight))
+    beside = weight.detach().expand_as(x).clone().requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda *given: rms_norm_beside(*given, 1e-2), (x, weight, beside, weight[2:3].detach().clone().requires_grad_())
+    )
+    assert torch.autograd.gradcheck(lambda x: inverse_rms(x, 1e-2), (x,))
     assert torch.autograd.gradcheck(swiglu, (x,))
 
 

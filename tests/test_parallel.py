@@ -269,6 +269,7 @@ def held_against_one(
 
 ADAMW = "optimizer.name=adamw"
 WAKING = ("schedule.layers=[{until=0.5,value=1}]", "train.zero_outputs=true")
+BRINGING = ("model.value_embeddings=true", "model.embedding_shares=true")
 TWO_HOPS = ("mesh.ep=4", "mesh.node=2")
 # mesh, what else is on, and the batch; every one with MTP, expert groups, non-zero biases and missing targets
 QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
@@ -279,6 +280,11 @@ QUICK: dict[str, tuple[int, tuple[str, ...], dict[str, Any]]] = {
     "dp × ep, MTP of the beginning of rows": (
         4,
         ("mesh.ep=2", "train.micro_batch=2", "train.mtp_length=5"),
+        {"packed": True},
+    ),
+    "dp × ep, tokens that bring, recomputed": (
+        4,
+        ("mesh.ep=2", "train.micro_batch=2", *BRINGING, "train.recompute=selective"),
         {"packed": True},
     ),
     "ep by node, recomputed": (4, (ADAMW, *TWO_HOPS, "train.recompute=selective"), {}),

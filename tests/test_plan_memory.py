@@ -91,6 +91,9 @@ LAYOUTS = {
     "nano in long sequences": with_changes(
         PLAIN, "train.micro_batch=1", "stages.0.sequence_length=1024", "model.max_position_embeddings=1024"
     ),
+    "nano whose tokens bring": with_changes(
+        PLAIN, "train.micro_batch=4", "model.value_embeddings=true", "model.embedding_shares=true"
+    ),
     "bench-20m": with_changes("bench-20m", "train.micro_batch=4"),
 }
 

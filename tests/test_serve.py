@@ -44,6 +44,8 @@ SHAPES = {
     "V2 groups": V2 | {"topk_method": "group_limited_greedy", "n_group": 4, "topk_group": 2, "q_lora_rank": None},
     "YaRN": {"rope_scaling": YARN},
     "dense first, MTP beside": {"first_k_dense_replace": 1, "num_nextn_predict_layers": 1},
+    "tokens that bring": {"value_embeddings": True, "embedding_shares": True, "num_nextn_predict_layers": 1},
+    "value embeddings": {"value_embeddings": True, "q_lora_rank": None},
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from leanseek.bench.queue import BEYOND, SEARCH_SHARE, Place, searched
 from leanseek.bench.quick import WORSE
-from leanseek.bench.rows import BEST, ORDINARY, Row
+from leanseek.bench.rows import BEST, ORDINARY, Row, vocabulary
 from leanseek.bench.score import Score, best_of_each, full_runs, scores
 from leanseek.bench.speed import SPEED_ROUNDS, SPEED_STEPS, SPEED_WARM_UP
 
@@ -95,6 +95,7 @@ The target is what the row `{ORDINARY}` ends with. Track: `{track.name}`.
 def _result(best: dict[str, Score], target: float) -> str:
     head = (
         "row",
+        "ids",
         "parameters",
         "learning rate",
         "tokens to target",
@@ -116,6 +117,7 @@ def _result(best: dict[str, Score], target: float) -> str:
         lines.append(
             (
                 f"`{name}`",
+                f"{vocabulary(score.row):,}",
                 f"{score.parameters / 1e6:.1f} M",
                 "as shipped" if score.learning_rate is None else f"{score.learning_rate:g}",
                 _tokens(score.median_tokens),

@@ -22,7 +22,7 @@ class Order:
     n: int
     contexts: NDArray[np.int64]  # [C], ascending
     first: NDArray[np.int64]  # [C + 1] where the tokens after each context begin
-    tokens: NDArray[np.int64]  # [P]
+    tokens: NDArray[np.int32]  # [P]
     shares: NDArray[np.float32]  # [P] of the probability after the context, discounted
     left: NDArray[np.float32]  # [C] what the discounts leave for the context without its oldest token
 
@@ -34,7 +34,7 @@ class Followers:
     row: NDArray[np.int64]  # [N]
     scale: NDArray[np.float32]  # [N]
     first: NDArray[np.int64]  # [N + 1] where the single tokens of each place begin
-    tokens: NDArray[np.int64]  # [M]; a token may come several times
+    tokens: NDArray[np.int32]  # [M]; a token may come several times
     shares: NDArray[np.float32]  # [M]
 
 
@@ -49,29 +49,30 @@ class NGrams:
     def after(self, ids: NDArray[np.int64]) -> Followers:
         """ids [B, T] of whole rows → what follows each of their B·T tokens, given it and those before it in its row."""
         vocabulary, places = self.base.shape[1], ids.size
-        room, found = np.ones(places, np.float32), []  # what longer contexts leave
+        room, many = np.ones(places, np.float32), np.zeros(places, np.int64)  # what longer contexts leave, and have
+        found = []
         for order in reversed(self.longer):
             number, whole = ids.copy(), np.ones(ids.shape, bool)
             for back in range(1, order.n - 1):
                 number[:, back:] += ids[:, :-back] * vocabulary**back
                 whole[:, :back] = False
             number = number.ravel()
-            at = np.minimum(np.searchsorted(order.contexts, number), len(order.contexts) - 1)
+            at = np.minimum(_found(order.contexts, number), len(order.contexts) - 1)
             known = np.flatnonzero((order.contexts[at] == number) & whole.ravel())
             at = at[known]
-            begins, many = order.first[at], order.first[at + 1] - order.first[at]
-            place = np.repeat(known, many)
-            entries = np.arange(len(place)) + np.repeat(begins - (many.cumsum() - many), many)
-            found.append((place, order.tokens[entries], order.shares[entries] * room[place]))
+            more = order.first[at + 1] - order.first[at]
+            found.append((order, known, order.first[at], more, room[known], many[known]))
             room[known] *= order.left[at]
-        place, tokens, shares = (np.concatenate(parts) for parts in zip(*found, strict=True)) if found else _NONE
-        by_place = np.argsort(place, kind="stable")
-        first = np.concatenate([[0], np.bincount(place, minlength=places).cumsum()])
+            many[known] += more
+        first = np.concatenate([[0], many.cumsum()])
+        tokens, shares = np.empty(first[-1], np.int32), np.empty(first[-1], np.float32)
+        for order, known, begins, more, left, before in found:  # behind those of longer contexts
+            each = np.arange(more.sum()) - np.repeat(more.cumsum() - more, more)
+            source, place = each + np.repeat(begins, more), each + np.repeat(first[known] + before, more)
+            tokens[place] = order.tokens[source]
+            shares[place] = order.shares[source] * np.repeat(left, more)
         row = ids.ravel() if len(self.base) > 1 else np.zeros(places, np.int64)
-        return Followers(row, room, first, tokens[by_place], shares[by_place])
-
-
-_NONE = np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+        return Followers(row, room, first, tokens, shares)
 
 
 def count(documents: Iterable[NDArray[np.integer]], vocabulary: int, longest: int, most_tokens: float) -> NGrams:
@@ -104,6 +105,13 @@ def count(documents: Iterable[NDArray[np.integer]], vocabulary: int, longest: in
     return NGrams(base, tuple(longer))
 
 
+def _found(contexts: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Where numbers belong among ascending contexts. Asked in order: each search begins in cache lines just read."""
+    order, found = np.argsort(numbers), np.empty(len(numbers), np.int64)
+    found[order] = np.searchsorted(contexts, numbers[order])
+    return found
+
+
 def _numbers(stream: NDArray[np.int64], n: int, vocabulary: int) -> NDArray[np.int64]:
     """Every n-gram of the stream as a number."""
     numbers = stream[: len(stream) - n + 1].copy()
@@ -121,7 +129,9 @@ def _discounted(n: int, grams: NDArray[np.int64], times: NDArray[np.int64], voca
     taken = _discounts(times)[np.minimum(times, 3)]
     shares = (times - taken) / np.repeat(totals, np.diff(first))
     left = np.add.reduceat(taken, first[:-1]) / totals
-    return Order(n, contexts, first, grams % vocabulary, shares.astype(np.float32), left.astype(np.float32))
+    return Order(
+        n, contexts, first, (grams % vocabulary).astype(np.int32), shares.astype(np.float32), left.astype(np.float32)
+    )
 
 
 def _discounts(times: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -54,7 +54,7 @@ class Cleaning:
 def prepare(
     inputs: list[str],
     out: Path,
-    vocab_size: int = 4096,
+    vocab_size: int = 6144,
     tokenizer: Path | None = None,
     workers: int | None = None,
     progress: bool = False,

@@ -8,7 +8,7 @@ served) and are cast where they are used, so that no part of the model asks for 
 import torch
 from torch import Tensor, nn
 
-from leanseek.ops.elementwise import rms_norm
+from leanseek.ops.elementwise import rms_norm, rms_norm_beside
 from leanseek.ops.precision import Plain, Precision
 
 
@@ -26,15 +26,17 @@ class Linear(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """y = w · x / √(mean(x²) + eps), computed in at least FP32."""
+    """y = w · x / √(mean(x²) + eps), computed in at least FP32; of something beside x a share, divided as x is."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
         self.eps = eps
 
-    def forward(self, x: Tensor) -> Tensor:
-        return rms_norm(x, self.weight, self.eps)
+    def forward(self, x: Tensor, beside: Tensor | None = None, share: Tensor | None = None) -> Tensor:
+        if beside is None or share is None:
+            return rms_norm(x, self.weight, self.eps)
+        return rms_norm_beside(x, self.weight, beside, share, self.eps)
 
 
 class SwiGLU(nn.Module):

@@ -5,15 +5,20 @@ B batch · T queries · S keys · H heads · N nope width · R rope width · V v
 Direct form, for training and long prefills: expand the latent to keys and values, attend as usual.
 Absorbed form, for decoding: fold the expansion into query and output, attend over the latent itself; the cache then
 holds C + R values per token, and nothing is expanded.
+
+With value embeddings (`model.own`, not V3's) a token has E = H · V values of its own. They are kept behind its latent,
+which is then C + E wide, and a share of them is added to what the latent is expanded to.
 """
 
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
+from leanseek.model.own import NOTHING, Own
 from leanseek.model.rope import apply_rope, softmax_scale
 from leanseek.ops.attention import attention, largest_logits, masked_scores
 
@@ -47,11 +52,19 @@ class MLA(nn.Module):
         self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS)
         self.kv_b_proj = Linear(self.kv_lora_rank, self.heads * (self.qk_nope_head_dim + self.v_head_dim))
         self.o_proj = Linear(self.heads * self.v_head_dim, config.hidden_size)
+        self.value_width, self.latent_width = config.value_width, config.latent_width
+        if config.value_embeddings:
+            self.value_share = nn.Parameter(torch.empty(1))
         # Step-scoped, read and cleared by QK-clip; nothing is measured while it is None.
         self.largest_logits: Tensor | None = None
 
     def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None = None, cache: LatentCache | None = None
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor],
+        mask: Tensor | None = None,
+        cache: LatentCache | None = None,
+        own: Own = NOTHING,
     ) -> Tensor:
         """x [B, T, D], rope = cos, sin [B, T, R/2], mask bool [B, 1, T, S] or None for plain causal → [B, T, D]."""
         cos, sin = rope
@@ -59,25 +72,34 @@ class MLA(nn.Module):
         # q_nope [B, T, H, N] and q_rope [B, T, H, R]
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
-        latent, k_rope = self.compress(x, rope)
+        latent, k_rope = self.compress(x, rope, own)
         if cache is not None:
             latent, k_rope = cache.append(latent, k_rope)
         absorb = cache is not None and not self.training and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
         heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 
-    def compress(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R]."""
+    def compress(self, x: Tensor, rope: tuple[Tensor, Tensor], own: Own = NOTHING) -> tuple[Tensor, Tensor]:
+        """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R].
+
+        With value embeddings the latent is [B, T, C + E].
+        """
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return self.kv_a_layernorm(latent), apply_rope(k_rope, *rope)
+        kept, values = self.kv_a_layernorm(latent), own.over(latent, LATENT_NORM_EPS).scaled()
+        if values is not None:
+            kept = torch.cat((kept, values), dim=-1)
+        return kept, apply_rope(k_rope, *rope)
 
     def direct(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C], k_rope [B, S, R] → [B, T, H, V]."""
+        """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C + E], k_rope [B, S, R] → [B, T, H, V]."""
+        latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
         k_nope, v = (
             self.kv_b_proj(latent)
             .unflatten(-1, (self.heads, -1))
             .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         )
+        if self.value_width:
+            v = v + self.value_share.to(v.dtype) * values.unflatten(-1, (self.heads, -1))
         # Joined heads first, which is how attention reads them.
         k_rope_of_all = k_rope[:, None].expand(-1, self.heads, -1, -1)
         k = torch.cat((k_nope.transpose(1, 2), k_rope_of_all), dim=-1)
@@ -87,20 +109,32 @@ class MLA(nn.Module):
         return attention(q, k, v.transpose(1, 2), self.scale, mask).transpose(1, 2)
 
     def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """The same values without expanding the latent: one shared key of width C + R, one shared value of width C."""
-        kv_b = self.kv_b_proj.weight.to(latent.dtype).unflatten(0, (self.heads, -1))  # [H, N + V, C]
-        w_uk, w_uv = kv_b.split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
+        """The same values without expanding the latent: one shared key of width C + R, one shared value of width C.
+
+        With value embeddings C + E for C.
+        """
+        w_uk, w_uv = self.expansion(latent.dtype).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         folded = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)
         q = torch.cat((folded, q_rope.transpose(1, 2)), dim=-1)  # [B, H, T, C + R]
         k = torch.cat((latent, k_rope), dim=-1)[:, None]  # [B, 1, S, C + R]
         weights = masked_scores(q, k, self.scale, mask).softmax(dim=-1).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)
 
+    def expansion(self, dtype: torch.dtype) -> Tensor:
+        """What makes every head's keys and values of what is kept, [H, N + V, C + E]: `kv_b_proj`, beside a share of a
+        token's own values."""
+        kv_b = self.kv_b_proj.weight.to(dtype).unflatten(0, (self.heads, -1))
+        if not self.value_width:
+            return kv_b
+        own = torch.eye(self.value_width, dtype=dtype, device=kv_b.device).unflatten(0, (self.heads, -1))  # [H, V, E]
+        own = F.pad(own * self.value_share.to(dtype), (0, 0, self.qk_nope_head_dim, 0))
+        return torch.cat((kv_b, own), dim=-1)
+
     def absorbing_is_cheaper(self, queries: int, keys: int) -> bool:
         """Expanding costs C (N + V) multiplications for each key and head, absorbing as many for each query; and then
-        2C + R instead of N + R + V for each pair of them."""
+        2C + R instead of N + R + V for each pair of them. With value embeddings absorbing has C + E for C."""
         width = self.qk_nope_head_dim + self.v_head_dim
         return (
-            queries * (self.kv_lora_rank * width + keys * (2 * self.kv_lora_rank - width))
+            queries * (self.latent_width * width + keys * (2 * self.latent_width - width))
             < keys * self.kv_lora_rank * width
         )

@@ -11,6 +11,7 @@ from leanseek.config import ModelConfig
 from leanseek.model.block import Block
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.mla import LatentCache
+from leanseek.model.own import NOTHING, Own
 
 
 class MTPModule(nn.Module):
@@ -31,18 +32,29 @@ class MTPModule(nn.Module):
         rope: tuple[Tensor, Tensor],
         mask: Tensor | None = None,
         cache: LatentCache | None = None,
+        own: Own = NOTHING,
     ) -> Tensor:
         """embedding of token i + k and hidden state i of the depth before, both [B, T, D] → [B, T, D].
 
         The result is normed: it goes to the head, and to the next depth, as the main model's own final state does.
+        `own` is what token i + k brings; its values are divided as its embedding is.
         """
-        return self.norm(self.block(self.join(embedding, hidden), rope, mask, cache))
+        own = own.over(embedding, self.enorm.eps)
+        return self.norm(self.block(self.join(embedding, hidden), rope, mask, cache, own))
 
-    def remember(self, embedding: Tensor, hidden: Tensor, rope: tuple[Tensor, Tensor], cache: LatentCache) -> None:
+    def remember(
+        self,
+        embedding: Tensor,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        cache: LatentCache,
+        own: Own = NOTHING,
+    ) -> None:
         """Keeps what later tokens will look back to, and computes nothing else: most of a module's work is for its
         output, and in generation only the newest token's is asked for."""
-        x = self.block.input_layernorm(self.join(embedding, hidden))
-        cache.append(*self.block.self_attn.compress(x, rope))
+        x, norm = self.join(embedding, hidden), self.block.input_layernorm
+        own = own.over(embedding, self.enorm.eps).over(x, norm.eps)
+        cache.append(*self.block.self_attn.compress(norm(x), rope, own))
 
     def join(self, embedding: Tensor, hidden: Tensor) -> Tensor:
         return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))

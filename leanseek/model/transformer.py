@@ -17,10 +17,12 @@ from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.mla import LatentCache
 from leanseek.model.moe import Experts, LocalDispatcher, Router
 from leanseek.model.mtp import MTPModule
+from leanseek.model.own import NOTHING, Own
 from leanseek.model.rope import rotary
 from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.precision import Plain
 
+SHARES = {"embedding_share": 0.0, "value_share": 2.0}
 OUTPUTS = re.compile(r"(^lm_head|\.o_proj|\.down_proj)(\.weight)?$")
 
 
@@ -35,6 +37,9 @@ class Transformer(nn.Module):
         self.awake: int | None = None  # layers from the first that compute; None: all. Those above pass the stream on
         n = config.num_hidden_layers
         self.embed_tokens: nn.Embedding | None = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_values: nn.Embedding | None = None
+        if config.value_embeddings:
+            self.embed_values = nn.Embedding(config.vocab_size, config.value_width)
         self.layers = nn.ModuleDict({str(i): Block(config, i) for i in range(n)})
         self.norm: RMSNorm | None = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head: Linear | None = Linear(config.hidden_size, config.vocab_size)
@@ -63,14 +68,15 @@ class Transformer(nn.Module):
         attend to every cached position up to their own. The head is apart: `lm_head`.
         """
         rope, mask = rotary(positions, self.config), attention_mask(positions, segments, cached=cache is not None)
-        hidden = ids
+        hidden, own = ids, NOTHING
         if not ids.is_floating_point():
             assert self.embed_tokens is not None
             hidden = self.embed_tokens(ids).to(self.dtype)
+            own = self.own(ids, hidden)
         for index, layer in self.layers.items():
             if self.awake is not None and int(index) >= self.awake:
                 break
-            hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)])
+            hidden = layer(hidden, rope, mask, None if cache is None else cache[int(index)], own)
         return hidden if self.norm is None else self.norm(hidden)
 
     def predict_further(
@@ -96,7 +102,8 @@ class Transformer(nn.Module):
             where = positions[:, :kept]
             mask = attention_mask(where, None if segments is None else segments[:, :kept], cached=cache is not None)
             embedded = self.embed_tokens(tokens).to(self.dtype)
-            hidden = module(embedded, hidden[:, :kept], rotary(where, self.config), mask, cache)
+            own = self.own(tokens, embedded)
+            hidden = module(embedded, hidden[:, :kept], rotary(where, self.config), mask, cache, own)
             further.append(hidden)
         return further
 
@@ -108,7 +115,13 @@ class Transformer(nn.Module):
         assert self.embed_tokens is not None
         embedded, module = self.embed_tokens(ids).to(self.dtype), next(iter(self.mtp.values()))
         assert isinstance(module, MTPModule)
-        module.remember(embedded, hidden, rotary(positions, self.config), cache)
+        own = self.own(ids, embedded)
+        module.remember(embedded, hidden, rotary(positions, self.config), cache, own)
+
+    def own(self, ids: Tensor, embedded: Tensor) -> Own:
+        """What tokens ids [B, T], looked up as embedded [B, T, D], bring to every layer."""
+        values = None if self.embed_values is None else self.embed_values(ids).to(self.dtype)
+        return Own(embedded if self.config.embedding_shares else None, values)
 
     def routers(self) -> dict[str, Router]:
         """Every router by name, those of the MTP modules included."""
@@ -123,9 +136,9 @@ class Transformer(nn.Module):
     ) -> Iterator[tuple[str, Tensor]]:
         """What each parameter begins with, by name, one at a time: matrices from N(0, std²) (report §4.2), norms one.
 
-        The token embedding may have a deviation of its own; with `zero_outputs` what writes into the residual stream,
-        and the head, begin at zero. The model itself may have no memory (device "meta"). Without a generator matrices
-        hold anything.
+        Embeddings may have a deviation of their own, and what tokens bring begins with SHARES; with `zero_outputs` what
+        writes into the residual stream, and the head, begin at zero. The model itself may have no memory (device
+        "meta"). Without a generator matrices hold anything.
         """
         for name, module in self.named_modules():
             for own, parameter in module.named_parameters(recurse=False):
@@ -133,10 +146,12 @@ class Transformer(nn.Module):
                 whole = f"{name}.{own}"
                 if isinstance(module, RMSNorm):
                     value.fill_(1.0)
+                elif own in SHARES:
+                    value.fill_(SHARES[own])
                 elif zero_outputs and OUTPUTS.search(whole):
                     value.zero_()
                 elif generator is not None:
-                    own_std = embedding_std if module is self.embed_tokens else None
+                    own_std = embedding_std if isinstance(module, nn.Embedding) else None
                     value.normal_(0.0, std if own_std is None else own_std, generator=generator)
                 yield whole, value
 

@@ -1,4 +1,4 @@
-"""RMSNorm and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
+"""RMSNorm, its parts, and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
 
 Left to autograd, each of their small steps would write, keep and read again a tensor of the size of the activations.
 Each function has its plain twin beside it, `…_reference`, which is the specification.
@@ -24,6 +24,28 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
 
 
+def rms_norm_beside(x: Tensor, weight: Tensor, beside: Tensor, share: Tensor, eps: float) -> Tensor:
+    """weight · (x + share · beside) / √(mean(x²) + eps): x and beside [..., D], share [1] → [..., D].
+
+    The root mean square is that of x alone.
+    """
+    return _RMSNormBeside.apply(x, weight, beside, share, eps)
+
+
+def rms_norm_beside_reference(x: Tensor, weight: Tensor, beside: Tensor, share: Tensor, eps: float) -> Tensor:
+    both = x.to(_wide(x)) + share.to(_wide(x)) * beside
+    return (both * inverse_rms_reference(x, eps) * weight.to(both.dtype)).to(x.dtype)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """1 / √(mean(x²) + eps), what rms_norm multiplies by, in at least FP32: x [..., D] → [..., 1]."""
+    return _InverseRMS.apply(x, eps)
+
+
+def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.to(_wide(x)).square().mean(dim=-1, keepdim=True) + eps)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) · up of [..., 2F], gate first → [..., F]."""
     if not torch.is_grad_enabled():
@@ -40,8 +62,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         wide = x.to(_wide(x))
-        square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
-        scale = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # [..., 1]
+        scale = _inverse_rms(wide, eps)  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
         normed = wide * scale if wide is x else wide.mul_(scale)
         return normed.mul_(weight.to(wide.dtype)).to(x.dtype)
@@ -57,6 +78,46 @@ class _RMSNorm(torch.autograd.Function):
         share = (along @ factor)[..., None].div_(x.shape[-1])
         grad_x = torch.mul(grad, factor, out=along).addcmul_(normed, share, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
+
+
+class _RMSNormBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, beside: Tensor, share: Tensor, eps: float) -> Tensor:
+        scale = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, weight, beside, share, scale)
+        normed = (beside * share.to(scale.dtype)).add_(x).mul_(scale)
+        return normed.mul_(weight.to(scale.dtype)).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        x, weight, beside, share, scale = ctx.saved_tensors
+        factor, part = weight.to(scale.dtype), share.to(scale.dtype)
+        along = (beside * part).add_(x).mul_(scale).mul_(grad)
+        grad_weight = along.flatten(0, -2).sum(dim=0)
+        of_scale = (along @ factor)[..., None].mul_(scale).div_(x.shape[-1])
+        of_both = torch.mul(grad, factor).mul_(scale)
+        grad_beside = (of_both * part).to(beside.dtype)
+        grad_share = torch.dot(of_both.flatten(), beside.flatten().to(scale.dtype)).to(share.dtype).view_as(share)
+        grad_x = of_both.addcmul_(x * scale, of_scale, value=-1)
+        return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_beside, grad_share, None
+
+
+class _InverseRMS(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
+        scale = _inverse_rms(x, eps)
+        ctx.save_for_backward(x, scale)
+        return scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        return x * (grad * scale.pow(3)).div_(-x.shape[-1]).to(x.dtype), None
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
+    return square.div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 class _SwiGLU(torch.autograd.Function):

@@ -146,44 +146,39 @@ class Expected:
 
 def linear_expected_cross_entropy(
     hidden: Tensor, weight: Tensor, targets: Tensor, expected: Expected, share: float
-) -> tuple[Tensor, Tensor]:
-    """−Σ Σᵥ r(v) log p(v), with r the target and what is expected, `share` of it; and, without gradient, `share` 0.
+) -> Tensor:
+    """The value of `linear_cross_entropy`, with the gradient of −Σ Σᵥ r(v) log p(v) over the valid targets.
 
-    hidden [N, D], weight [V, D], targets [N]; scalars in at least FP32, over the valid targets.
+    hidden [N, D], weight [V, D], targets [N]. r is the target and, `share` of it, what is expected: a run learns from
+    that, while what it tells should be comparable.
     """
 
     def of_rows(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor]:
         return _expected_losses(logits, targets[rows], expected, rows, share)
 
-    both: Tensor = _HeadLoss.apply(hidden, weight, of_rows)
-    return both[0], both[1].detach()
+    return _HeadLoss.apply(hidden, weight, of_rows)
 
 
 def _expected_losses(
     logits: Tensor, targets: Tensor, expected: Expected, rows: slice, share: float
 ) -> tuple[Tensor, Tensor]:
-    """logits [n, V], targets [n] → losses with `share` and without [n, 2], and the gradient of the former [n, V]."""
+    """logits [n, V], targets [n] → the target's losses [n], and p − r [n, V]."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
     first = expected.first[rows.start : rows.stop + 1]
     place = torch.repeat_interleave(first.diff())  # [m] of each single token
     tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
-    after = expected.base.index_select(0, expected.row[rows]).to(wide.dtype)
-    after.mul_(expected.scale[rows, None])
-    after.view(-1).index_add_(0, place * after.shape[1] + tokens, shares.to(after.dtype))
     total, error = _total_and_softmax(wide)
-    plain = total - wide.gather(1, index)
-    mixed = (1 - share) * plain + share * (total - torch.linalg.vecdot(after, wide)[:, None])
-    losses = torch.cat((mixed, plain), dim=1) * valid
-    error = error.sub_(after, alpha=share).scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid)
+    losses = ((total - wide.gather(1, index)) * valid).squeeze(1)
+    base, scale = expected.base.index_select(0, expected.row[rows]), expected.scale[rows, None]
+    error.addcmul_(base.to(error.dtype), scale.to(error.dtype), value=-share)
+    error.view(-1).index_add_(0, place * error.shape[1] + tokens, shares.to(error.dtype), alpha=-share)
+    error.scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid)
     return losses, error.to(logits.dtype)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum over rows of what `of_rows` makes of their logits: losses [n] and, where asked, their error [n, V].
-
-    Of losses [n, k] the error is the first column's, and only that sum has a gradient.
-    """
+    """The sum over rows of what `of_rows` makes of their logits: losses [n] and, where asked, their error [n, V]."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows) -> Tensor:
@@ -194,7 +189,7 @@ class _HeadLoss(torch.autograd.Function):
         gradient = grad_hidden is not None or grad_weight is not None
         for rows in _pieces(hidden, weight.shape[0]):
             losses, error = of_rows(hidden[rows] @ narrow.T, rows, gradient)
-            total = total + losses.sum(dim=0)
+            total = total + losses.sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ narrow
             if grad_weight is not None:
@@ -204,7 +199,6 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        grad = grad.flatten()[0]
         grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return grad_hidden, grad_weight, None
 

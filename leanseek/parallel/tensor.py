@@ -99,6 +99,10 @@ def cut_matrices(model: Transformer, group: dist.ProcessGroup) -> Transformer:
 
 def check(config: ModelConfig, ways: int) -> None:
     """Raises BadInput where a model cannot be cut so many ways."""
+    if config.value_embeddings and ways > 1:
+        raise BadInput(
+            f"mesh.tp {ways}: value embeddings are not cut by heads: export the run, and import what it wrote"
+        )
     for value, what in (
         (config.num_attention_heads, "attention heads"),
         (config.intermediate_size, "values of the dense FFN"),

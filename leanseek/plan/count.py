@@ -21,14 +21,14 @@ H800_USD_PER_HOUR = 2.0
 class Parameters:
     """How many parameters each part has, over all layers of the main model; `mtp` stands apart from the total."""
 
-    embedding: int
+    embedding: int  # of tokens, and of their values
     head: int
     attention: int  # projections of MLA
     dense_ffn: int  # the first `first_k_dense_replace` layers
     routed_experts: int
     shared_experts: int
     router: int  # gate weights and, with noaux_tc, e_score_correction_bias
-    norms: int  # every RMSNorm, those on the latents included
+    norms: int  # every RMSNorm, those on the latents included, and the shares of what tokens bring
     mtp: int  # what the MTP modules own; embedding and head are the main model's
     idle_experts: int  # of `routed_experts`, those a token does not visit
     mtp_idle_experts: int
@@ -66,14 +66,14 @@ def parameters(config: ModelConfig) -> Parameters:
     norms = norm_weights(config)
     mtp = 2 * d + _eh_proj(config) + attention_weights(config) + routed + shared + router + norms + d
     return Parameters(
-        embedding=config.vocab_size * d,
+        embedding=config.vocab_size * (d + config.value_width),
         head=config.vocab_size * d,
         attention=layers * attention_weights(config),
         dense_ffn=(layers - moe_layers) * 3 * d * config.intermediate_size,
         routed_experts=moe_layers * routed,
         shared_experts=moe_layers * shared,
         router=moe_layers * router,
-        norms=layers * norms + d,
+        norms=layers * (norms + config.embedding_shares) + d,
         mtp=depths * mtp,
         idle_experts=moe_layers * idle,
         mtp_idle_experts=depths * idle,
@@ -206,7 +206,7 @@ def muon_flops(config: ModelConfig, steps: int = 5) -> float:
 def cache_bytes_per_token(config: ModelConfig, bytes_per_value: int = 2, mtp: bool = False) -> int:
     """Bytes of a cached token: the latent and the rotated key of each layer (V3 in BF16: 70,272, with MTP 71,424)."""
     layers = config.num_hidden_layers + (config.num_nextn_predict_layers if mtp else 0)
-    return layers * (config.kv_lora_rank + config.qk_rope_head_dim) * bytes_per_value
+    return layers * (config.latent_width + config.qk_rope_head_dim) * bytes_per_value
 
 
 def training_bytes(config: ModelConfig, moments: float = 2) -> int:
@@ -310,8 +310,8 @@ def attention_weights(config: ModelConfig) -> int:
 
 
 def norm_weights(config: ModelConfig) -> int:
-    """Weights of one block's norms, those on the latents included."""
-    return 2 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank
+    """Weights of one block's norms, those on the latents included, and its share of value embeddings."""
+    return 2 * config.hidden_size + (config.q_lora_rank or 0) + config.kv_lora_rank + config.value_embeddings
 
 
 def _gate(config: ModelConfig) -> int:

@@ -290,6 +290,7 @@ def _trainer_block(model: ModelConfig, moe: bool, width: int, length: int) -> fl
     q, kv = model.q_lora_rank or 0, model.kv_lora_rank + model.qk_rope_head_dim
     values = 2 * d  # the residual stream before attention, and normed
     values += 2 * q + kv + model.kv_lora_rank
+    values += 2 * model.value_width  # of the tokens' own: behind the latent, and in the values
     values += heads * (2 * model.qk_head_dim + model.v_head_dim)  # queries, keys, values
     values += heads * model.v_head_dim  # attention's output, as o_proj reads it
     if length <= SUPPORTS:

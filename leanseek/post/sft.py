@@ -99,7 +99,8 @@ def sft(run: Path, file: Path, out: Path, overrides: Sequence[str] = ()) -> dict
             if before is not None:
                 receipt |= {"before": before, "after": _standing(model, answers)}
             if config.lora is not None:
-                lead(lambda: write_adapter(out, run), everyone)
+                if not config.model.brings:  # or its base is exported wider than the adapters are
+                    lead(lambda: write_adapter(out, run), everyone)
                 receipt["params_trained"] = adaptation(config.model, config.lora).adapters
             lead(lambda: checkpoint.write_json(out / "receipt.json", receipt), everyone)
         return receipt

@@ -1,7 +1,7 @@
 """The latent cache: all that MLA keeps of the tokens it has seen, C + R values per token and layer (report §2.1.1).
 
 L layers, with that of the MTP module where it drafts · P pages of Z tokens · B rows · T new tokens of each · S tokens
-of the longest row · C kv_lora_rank · R qk_rope_head_dim. In V3 that is 61 · 576 values, 70,272 bytes per token in BF16,
+of the longest row · C latent_width · R qk_rope_head_dim. In V3 that is 61 · 576 values, 70,272 bytes per token in BF16,
 and 71,424 with the MTP module's. Which page is whose is the scheduler's to say.
 """
 
@@ -32,7 +32,7 @@ class Cache:
         drafts: bool = False,
         size: int = PAGE,
     ) -> None:
-        self.latent, self.size, self.pages = config.kv_lora_rank, size, pages
+        self.latent, self.size, self.pages = config.latent_width, size, pages
         layers = config.num_hidden_layers + (1 if drafts else 0)
         self.width = self.latent + config.qk_rope_head_dim
         self.values = _zeros((layers, (1 + pages) * size, self.width), dtype, device)

@@ -439,5 +439,5 @@ def _affordable(config: ModelConfig, max_running: int, dtype: torch.dtype, devic
         memory = torch.cuda.mem_get_info(device)[0]
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    token = (config.num_hidden_layers + 1) * (config.kv_lora_rank + config.qk_rope_head_dim) * dtype.itemsize
+    token = (config.num_hidden_layers + 1) * (config.latent_width + config.qk_rope_head_dim) * dtype.itemsize
     return max(min(max_running * config.max_position_embeddings, int(memory * MEMORY_SHARE) // token), PAGE)

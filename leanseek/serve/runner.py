@@ -6,7 +6,7 @@ before, each matrix rests in the layout in which it is multiplied fastest, and b
 casts. `model.transformer.Transformer` over the same cache is the slow twin that it must agree with.
 
 B rows · T new tokens of each, drafts behind the newest · S tokens of the longest row · D hidden_size · H heads · N, R,
-V widths of a head · C kv_lora_rank · E experts.
+V widths of a head · C latent_width, what is kept beside the rotary key · E experts.
 """
 
 import math
@@ -42,6 +42,7 @@ class Runner:
         assert model.norm is not None
         assert model.lm_head is not None
         self.embedding = model.embed_tokens.weight.detach()
+        self.values = None if model.embed_values is None else model.embed_values.weight.detach()
         self.dtype = between(self.embedding.device, model.dtype)  # of activations, and of the cache
         self.latent_decode = decode = model.kernels.latent_decode
         blocks = [block for block in model.layers.values() if isinstance(block, Block)]
@@ -76,9 +77,10 @@ class Runner:
     @torch.inference_mode()
     def step(self, tokens: Tensor, cache: Cache, now: "Now") -> Tensor:
         """The next tokens of every row [B, T], which go into the cache → final hidden states [B, T, D]."""
-        x = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
+        x, values = F.embedding(tokens.flatten(), self.embedding).to(self.dtype), self.own_values(tokens)
+        embedded = x
         for layer, kept in zip(self.layers, cache.layers, strict=False):  # the MTP module's comes behind them
-            x = layer(x, kept, now)
+            x = layer(x, kept, now, embedded, values)
         return self.norm(x).view(*tokens.shape, -1)
 
     def chosen(self) -> Tensor:
@@ -94,7 +96,12 @@ class Runner:
         """
         assert self.mtp is not None
         embedded = F.embedding(tokens.flatten(), self.embedding).to(self.dtype)
-        return self.mtp(hidden.flatten(0, 1), embedded, last, cache.layers[-1], now, then)
+        values = self.own_values(tokens)
+        return self.mtp(hidden.flatten(0, 1), embedded, last, cache.layers[-1], now, then, values)
+
+    def own_values(self, tokens: Tensor) -> Tensor | None:
+        """Of tokens [B, T] what each adds to the values [B · T, H · V]; None without value embeddings."""
+        return None if self.values is None else F.embedding(tokens.flatten(), self.values).to(self.dtype)
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -124,16 +131,23 @@ class _Layer:
         self.before_attention = _Norm(block.input_layernorm, activations)
         self.attention = _Attention(block.self_attn, dtype, decode)
         self.before_mlp = _Norm(block.post_attention_layernorm, activations)
+        self.share = None if block.embedding_share is None else block.embedding_share.item()
         self.mlp = _MoE(mlp, dtype) if isinstance(mlp, MoE) else _SwiGLU(mlp, dtype)
 
-    def __call__(self, x: Tensor, kept: Tensor, now: Now) -> Tensor:
-        """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D]."""
-        normed = self.before_attention(x)
-        x = self.beside(x, lambda into: self.attention(into, normed, kept, now))
-        return self.after_attention(x)
+    def __call__(self, x: Tensor, kept: Tensor, now: Now, embedded: Tensor, values: Tensor | None) -> Tensor:
+        """x [B · T, D], kept the layer's part of the cache [(1 + P) · Z, C + R] → [B · T, D].
 
-    def after_attention(self, x: Tensor) -> Tensor:
-        normed = self.before_mlp(x)
+        Of the tokens, their embedding [B · T, D] and, where they have any, values of their own [B · T, H · V].
+        """
+        normed, own = self.before_attention.and_values(x, values)
+        x = self.beside(x, lambda into: self.attention(into, normed, kept, now, own))
+        return self.after_attention(x, embedded)
+
+    def after_attention(self, x: Tensor, embedded: Tensor | None) -> Tensor:
+        if embedded is None or self.share is None:
+            normed = self.before_mlp(x)
+        else:
+            normed = self.before_mlp.with_beside(x, embedded, self.share)
         return self.beside(x, lambda into: self.mlp(into, normed))
 
     def beside(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
@@ -150,13 +164,24 @@ class _MTP:
         self.join, self.layer = _Matrix(module.eh_proj.weight, dtype), _Layer(module.block, dtype, ranks, decode)
         self.norm = _Norm(module.norm, activations)
 
-    def __call__(self, hidden: Tensor, embedded: Tensor, last: Tensor, kept: Tensor, now: Now, then: Now) -> Tensor:
-        """hidden, embedded [B · T, D] → [B, D]."""
-        x, layer = self.join(torch.cat((self.enorm(embedded), self.hnorm(hidden)), dim=-1)), self.layer
-        q = layer.attention.remember(layer.before_attention(x), kept, now)
+    def __call__(
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        last: Tensor,
+        kept: Tensor,
+        now: Now,
+        then: Now,
+        values: Tensor | None,
+    ) -> Tensor:
+        """hidden, embedded [B · T, D], own values [B · T, H · V] → [B, D]."""
+        embedded, values = self.enorm.and_values(embedded, values)
+        x, layer = self.join(torch.cat((embedded, self.hnorm(hidden)), dim=-1)), self.layer
+        normed, values = layer.before_attention.and_values(x, values)
+        q = layer.attention.remember(normed, kept, now, values)
         x, q = x[last], q[last]
         x = layer.beside(x, lambda into: layer.attention.attend(into, q, kept, then))
-        return self.norm(layer.after_attention(x))
+        return self.norm(layer.after_attention(x, None))
 
 
 class _Attention:
@@ -167,8 +192,9 @@ class _Attention:
         device = mla.o_proj.weight.device
         activations = between(device, dtype)
         self.heads, self.scale = mla.heads, mla.scale
-        self.nope, self.latent, self.rope = mla.qk_nope_head_dim, mla.kv_lora_rank, mla.qk_rope_head_dim
-        up = mla.kv_b_proj.weight.detach().to(activations).unflatten(0, (self.heads, -1))
+        self.nope, self.latent, self.rope = mla.qk_nope_head_dim, mla.latent_width, mla.qk_rope_head_dim
+        self.compressed = mla.kv_lora_rank
+        up = mla.expansion(activations).detach()
         self.w_uk, w_uv = up.split([self.nope, mla.v_head_dim], dim=1)  # [H, N, C], [H, V, C]
         self.w_uv = w_uv.mT
         query = (mla.q_b_proj if mla.compresses_queries else mla.q_proj).weight.detach()
@@ -191,15 +217,17 @@ class _Attention:
         self.out = _Matrix(out, dtype)
         self.nothing = torch.zeros((), dtype=activations, device=device)
 
-    def __call__(self, x: Tensor, normed: Tensor, kept: Tensor, now: Now) -> Tensor:
+    def __call__(self, x: Tensor, normed: Tensor, kept: Tensor, now: Now, values: Tensor | None) -> Tensor:
         """x + attention(normed), both [B · T, D]; the new tokens' latents and keys go to their places in `kept`."""
-        return self.attend(x, self.remember(normed, kept, now), kept, now)
+        return self.attend(x, self.remember(normed, kept, now, values), kept, now)
 
-    def remember(self, normed: Tensor, kept: Tensor, now: Now) -> Tensor:
-        """Keeps the latents and keys of normed [B · T, D]; returns what queries are made of [B · T, …]."""
-        q, latent, key = self.down(normed).split([self.first, self.latent, self.rope], dim=-1)
+    def remember(self, normed: Tensor, kept: Tensor, now: Now, values: Tensor | None) -> Tensor:
+        """Keeps the latents, own values and keys of normed [B · T, D]; returns what queries are made of [B · T, …]."""
+        q, latent, key = self.down(normed).split([self.first, self.compressed, self.rope], dim=-1)
         turn(key, now.turns)
-        kept.index_copy_(0, now.places.slots, torch.cat((self.latent_norm(latent), key), dim=-1))
+        latent, own = self.latent_norm.and_values(latent, values)
+        parts = (latent, key) if own is None else (latent, own, key)
+        kept.index_copy_(0, now.places.slots, torch.cat(parts, dim=-1))
         return q
 
     def attend(self, x: Tensor, q: Tensor, kept: Tensor, now: Now) -> Tensor:
@@ -352,12 +380,28 @@ class _Norm:
     def __init__(self, norm: RMSNorm, dtype: torch.dtype) -> None:
         width = norm.weight.shape[0]
         self.dtype, self.wide = dtype, torch.promote_types(dtype, torch.float32)
-        self.weight = norm.weight.detach().to(self.wide) * width**0.5
+        self.root = width**0.5
+        self.weight = norm.weight.detach().to(self.wide) * self.root
         self.least = torch.tensor((norm.eps * width) ** 0.5, dtype=self.wide, device=norm.weight.device)
 
     def __call__(self, x: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide)
-        normed = torch.div(x, length.hypot_(self.least)).mul_(self.weight)
+        return self.divided(x, self.length(x))
+
+    def with_beside(self, x: Tensor, beside: Tensor, share: float) -> Tensor:
+        """Of x and a share of what is beside it, divided as x is."""
+        return self.divided(torch.add(x, beside, alpha=share), self.length(x))
+
+    def and_values(self, x: Tensor, values: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The norm of x, and a token's own values divided as x is."""
+        length = self.length(x)
+        own = None if values is None else torch.div(values, length).mul_(self.root).to(self.dtype)
+        return self.divided(x, length), own
+
+    def length(self, x: Tensor) -> Tensor:
+        return torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=self.wide).hypot_(self.least)
+
+    def divided(self, x: Tensor, length: Tensor) -> Tensor:
+        normed = torch.div(x, length).mul_(self.weight)
         return normed if self.dtype == self.wide else normed.to(self.dtype)
 
 

@@ -22,6 +22,7 @@ from leanseek.parallel.parts import local, on_one_rank_each, scale_rows
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: takes singular values near 1 in five steps
 VALUES_AT_ONCE = 1 << 19  # of the matrices that a CPU orthogonalises together
+EMBEDDINGS = ("embed_tokens.", "embed_values.")
 ADAM_RMS = 0.2  # the root mean square of a typical AdamW update (Liu et al., "Muon is scalable")
 
 
@@ -35,7 +36,7 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if config.embedding_rate != 1 and name == "embed_tokens.weight":
+        if config.embedding_rate != 1 and name.startswith(EMBEDDINGS):
             embedding.append(parameter)
         elif config.name == "muon" and is_matrix(name, parameter):
             (stacked if name.endswith("gate_up_proj") else single).append(parameter)
@@ -63,8 +64,8 @@ def build_optimizers(model: Transformer, config: OptimizerConfig, ranks: Ranks =
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon takes it: every matrix of the blocks and `eh_proj`. Embedding, heads and norms stay with AdamW."""
-    return parameter.dim() >= 2 and not name.startswith(("embed_tokens.", "lm_head.", "score."))
+    """Whether Muon takes it: every matrix of the blocks and `eh_proj`. Embeddings, heads and norms stay with AdamW."""
+    return parameter.dim() >= 2 and not name.startswith((*EMBEDDINGS, "lm_head.", "score."))
 
 
 def set_learning_rate(optimizers: list[Optimizer], learning_rate: float) -> None:

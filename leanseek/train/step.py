@@ -128,7 +128,7 @@ def gradients(
     balance_sequences(model, rows.ids, config, ranks)
     taught = 0.0 if teacher is None else teacher.config.weight
     counted = counts if knobs.count_weight else None
-    if teacher is not None or counted is not None:
+    if teacher is not None:
         valid.append(valid[0])
     sums = torch.zeros(len(valid), dtype=torch.float64, device=rows.ids.device)
     for number in range(micro_batches):
@@ -139,8 +139,7 @@ def gradients(
         means = [loss / count for loss, count in zip(losses, valid, strict=True)]
         own = means[0] if teacher is None else (1 - taught) * means[0] + taught * means[-1]
         (own + knobs.mtp_weight / max(depths, 1) * sum(means[1 : depths + 1])).backward()
-    told = _means(sums, valid, ranks)
-    return told if counted is None else [told[-1], *told[1:-1]]
+    return _means(sums, valid, ranks)
 
 
 def pipelined(pipeline: Pipeline) -> Gradients:
@@ -272,7 +271,7 @@ def loss_sums(
     MTP learns from the first `mtp_length` tokens of every row, from all where it is None, and rests where it is 0. With
     `context`, over those of this rank's share of the rows. Raises BadInput where samples are packed that may not
     see each other. With a teacher, last, the main model's divergence from it at the same places. With counts the main
-    model's is from what they expect to `count_weight`, and last is that from the text alone, without gradient.
+    model's has the gradient of one from what they expect, to `count_weight`.
     """
     if positions is None:
         positions = torch.arange(ids.shape[1], device=ids.device).expand_as(ids)
@@ -281,9 +280,9 @@ def loss_sums(
         if counts is not None:
             assert model.lm_head is not None
             main = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
-            mixed, plain = linear_expected_cross_entropy(*main, counts.expected(ids), count_weight)
+            loss = linear_expected_cross_entropy(*main, counts.expected(ids), count_weight)
             rows = Rows(ids, targets, positions, segments).beginnings(mtp_length)
-            return [mixed, *_further_losses(model, hidden, rows), plain]
+            return [loss, *_further_losses(model, hidden, rows)]
         losses = losses_of(model, hidden, ids, targets, positions, segments, mtp_length)
         if teacher is not None:
             assert model.lm_head is not None
