@@ -99,6 +99,7 @@ def test_a_fault_in_cutting_rows_is_seen(pool: Pool, fault: str) -> None:
 # ── matrices cut over ranks ───────────────────────────────────────────────────────────────────────────────────────
 
 HEADS = "model.num_attention_heads=4"
+CUT_TOO = (ADAMW, HEADS, "model.embedding_shares=true")
 
 
 def learn_cut(rank: int, world: int, rows: int, fault: bool = False) -> Learnt:
@@ -108,20 +109,20 @@ def learn_cut(rank: int, world: int, rows: int, fault: bool = False) -> Learnt:
         patch.setattr(test_parallel, "gathered", lambda state, *rest: shares.update(state) or {})
         if fault:
             patch.setattr(tensor._Spread, "backward", staticmethod(lambda context, grad: (grad, None)))
-        told, loads, _ = learn(rank, world, (ADAMW, HEADS, f"mesh.tp={world}"), rows, False, torch.float64)
+        told, loads, _ = learn(rank, world, (*CUT_TOO, f"mesh.tp={world}"), rows, False, torch.float64)
     return told, loads, {name: share.detach().numpy() for name, share in shares.items()}
 
 
 def test_matrices_cut_over_ranks(pool: Pool) -> None:
     for world in (2, 4):
         many = pool.run(world, learn_cut, 7)
-        one = alone((ADAMW, HEADS), 7, False, torch.float64)
+        one = alone(CUT_TOO, 7, False, torch.float64)
         assert differs(joined_weights(many), one, 1e-10, 1e-8) is None
 
 
 def test_a_fault_in_cutting_matrices_is_seen(pool: Pool) -> None:
     many = pool.run(2, learn_cut, 7, True)
-    assert differs(joined_weights(many), alone((ADAMW, HEADS), 7, False, torch.float64), 1e-10, 1e-8) is not None
+    assert differs(joined_weights(many), alone(CUT_TOO, 7, False, torch.float64), 1e-10, 1e-8) is not None
 
 
 def joined_weights(many: list[Learnt]) -> Learnt:

@@ -578,6 +578,10 @@ def test_a_cache_is_no_larger_than_the_memory_affords(vocabulary: Tokenizer) -> 
     huge = model_of(vocabulary, max_position_embeddings=1 << 24).config
     tokens = engine_module._affordable(huge, 64, torch.float32, torch.device("cpu"))
     assert tokens < 64 << 24
+    own = huge.model_copy(update={"value_embeddings": True})
+    fewer = engine_module._affordable(own, 64, torch.float32, torch.device("cpu"))
+    sizes = [Cache(config, 1, torch.float32, "meta", drafts=True).bytes_per_token for config in (huge, own)]
+    assert fewer / tokens == pytest.approx(sizes[0] / sizes[1], rel=1e-6)
 
 
 def test_a_model_without_the_module_does_not_draft(vocabulary: Tokenizer) -> None:

@@ -18,7 +18,7 @@ from leanseek.model.mla import MLA
 from leanseek.model.moe import Router
 from leanseek.model.mtp import MTPModule
 from leanseek.model.rope import apply_rope, rope_frequencies, rotary, softmax_scale
-from leanseek.model.transformer import Transformer
+from leanseek.model.transformer import SHARES, Transformer
 from leanseek.ops.attention import attention_reference
 from leanseek.ops.backend import PLAIN
 from leanseek.ops.experts import grouped_linear_reference
@@ -703,6 +703,15 @@ def test_outputs_may_begin_at_zero_and_the_embedding_wide() -> None:
     assert model.embed_tokens.weight.std().item() == pytest.approx(1.0, rel=0.1)
     ids, positions = torch.randint(0, 64, (2, 9)), torch.arange(9).expand(2, -1)
     assert torch.equal(model(ids, positions), model.norm(model.embed_tokens(ids)))  # no block says anything yet
+
+
+def test_what_tokens_bring_begins_wide_and_with_its_shares() -> None:
+    model = Transformer(tiny(value_embeddings=True, embedding_shares=True, num_nextn_predict_layers=1))
+    model.initialise(0.006, torch.Generator().manual_seed(5), embedding_std=1.0, zero_outputs=True)
+    assert model.embed_values.weight.std().item() == pytest.approx(1.0, rel=0.1)
+    shares = {name: parameter.item() for name, parameter in model.named_parameters() if name.endswith("_share")}
+    assert sorted(shares.values()) == [0.0] * 2 + [2.0] * 3  # of two layers' FFNs; of their attention and MTP's
+    assert all(value == SHARES[name.rpartition(".")[2]] for name, value in shares.items())
 
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch's tracer warns of its own doings

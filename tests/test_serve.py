@@ -17,6 +17,7 @@ from leanseek.config import BadInput, read_recipe
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.moe import Experts
 from leanseek.model.transformer import Transformer
+from leanseek.plan.count import cache_bytes_per_token
 from leanseek.serve import runner as runner_module
 from leanseek.serve.cache import PAGE, Cache, Places
 from leanseek.serve.llm import LLM, Completion, Pieces
@@ -85,6 +86,13 @@ def test_cache_of_v3_takes_70272_bytes_per_token_and_71424_with_its_mtp_module()
         cache = Cache(read_recipe("v3").model, 5, torch.bfloat16, "meta", drafts)
         assert cache.bytes_per_token == size
         assert cache.values.nbytes == (1 + 5) * PAGE * size  # page 0 is nobody's
+
+
+def test_cache_keeps_a_tokens_own_values_as_planned() -> None:
+    config = tiny(value_embeddings=True, num_nextn_predict_layers=1)
+    for drafts in (False, True):
+        cache = Cache(config, 5, torch.float32, "meta", drafts)
+        assert cache.bytes_per_token == cache_bytes_per_token(config, 4, drafts) == (2 + drafts) * (16 + 24 + 8) * 4
 
 
 def test_cache_returns_what_was_appended_wherever_it_lies() -> None:

@@ -195,17 +195,19 @@ def test_the_optimizers_hold_every_parameter_once_and_decay_matrices_only(name: 
 
 
 def test_muon_takes_no_embedding_head_or_norm() -> None:
-    model = model_of(tiny())
+    model = model_of(tiny("model.value_embeddings=true", "model.embedding_shares=true"))
     muon = build_optimizers(model, OptimizerConfig(name="muon"))[0]
     taken = {id(p) for group in muon.param_groups for p in group["params"]}
-    apart = {"embed_tokens.weight", "lm_head.weight"} | {n for n, p in model.named_parameters() if p.dim() < 2}
+    apart = {"embed_tokens.weight", "embed_values.weight", "lm_head.weight"} | {
+        n for n, p in model.named_parameters() if p.dim() < 2
+    }
     assert {n for n, p in model.named_parameters() if id(p) not in taken} == apart
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
-def test_the_embedding_may_learn_at_a_rate_of_its_own(name: str) -> None:
-    """A first step of AdamW is the rate along the gradient's sign; nothing of the embedding decays then."""
-    model = model_of(tiny())
+def test_the_embeddings_may_learn_at_a_rate_of_their_own(name: str) -> None:
+    """A first step of AdamW is the rate along the gradient's sign; nothing of the embeddings decays then."""
+    model = model_of(tiny("model.value_embeddings=true"))
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizers = build_optimizers(model, OptimizerConfig(name=name, embedding_rate=20.0, weight_decay=0.5))
     for parameter in model.parameters():
@@ -214,8 +216,8 @@ def test_the_embedding_may_learn_at_a_rate_of_its_own(name: str) -> None:
     for optimizer in optimizers:
         optimizer.step()
     after = dict(model.named_parameters())
-    wide = before["embed_tokens.weight"] - 20 * 1e-3
-    torch.testing.assert_close(after["embed_tokens.weight"].detach(), wide, rtol=0, atol=1e-6)
+    for table in ("embed_tokens.weight", "embed_values.weight"):
+        torch.testing.assert_close(after[table].detach(), before[table] - 20 * 1e-3, rtol=0, atol=1e-6)
     decayed = before["lm_head.weight"] * (1 - 1e-3 * 0.5) - 1e-3
     torch.testing.assert_close(after["lm_head.weight"].detach(), decayed, rtol=0, atol=1e-6)
 

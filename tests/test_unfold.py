@@ -18,6 +18,7 @@ from leanseek.model.transformer import Transformer
 from leanseek.parallel.tensor import check
 from leanseek.serve.llm import LLM
 from tests.oracle import distance, sample, tiny
+from tests.releases import read
 from tests.runs import make_run, model_of, tokenizer
 from tests.test_serve import greedy
 from tests.tiny import RECIPE
@@ -141,17 +142,19 @@ def test_narrow_formats_cost_it_no_more_than_another_v3(dtype: str, tmp_path: Pa
     assert off[0] < 1.5 * off[1]
 
 
-def test_gguf_has_the_wide_shapes(tmp_path: Path) -> None:
+def test_gguf_has_the_wide_matrices(tmp_path: Path) -> None:
     vocabulary = tokenizer()
     run = make_run(tmp_path / "run", model_of(vocabulary, **SHAPES["V3"]), vocabulary)
     export_gguf(run, tmp_path / "gguf", "fp32")
     export_release(run, tmp_path / "out", "fp32")
+    released = read(tmp_path / "out")
     reader = GGUFReader(tmp_path / "gguf" / "model-fp32.gguf")
     assert reader.fields["deepseek2.embedding_length"].parts[-1][0] == 2 * 32 + 24
     assert reader.fields["deepseek2.attention.kv_lora_rank"].parts[-1][0] == 16 + 24
     found = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    assert found["token_embd.weight"].shape[1] == 2 * 32 + 24
-    assert found["blk.0.attn_v_b.weight"].shape == (2, 12, 16 + 24)
+    assert torch.equal(found["token_embd.weight"], released["model.embed_tokens.weight"])
+    values = released["model.layers.0.self_attn.kv_b_proj.weight"].unflatten(0, (2, -1))[:, 8:]
+    assert torch.equal(found["blk.0.attn_v_b.weight"], values)
 
 
 def test_where_it_does_not_go() -> None:
