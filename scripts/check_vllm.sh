@@ -2,7 +2,8 @@
 # vLLM on a CPU serves an export of a model trained here: its greedy text must be ours, for five prompts, with MLA's
 # latent cache on; then once more with the MTP module drafting. Makes build/vllm (a virtual environment of its own,
 # about 3 GB) and build/check (data, run, export); 15 minutes on two cores the first time.
-# With a folder as argument, takes the run that is there instead of training one.
+# With a folder as argument, takes the run that is there instead of training one; one whose latent is not 512 wide wants
+# VLLM_MLA_DISABLE=1.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=build/check python=${PYTHON:-.venv/bin/python} vllm=build/vllm

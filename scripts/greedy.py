@@ -7,6 +7,7 @@ Runs in the environment of the tool, so each is imported only where it is asked 
 """
 
 import json
+import os
 import sys
 from collections.abc import Iterable
 
@@ -15,10 +16,14 @@ TOKENS = 40
 
 
 def ours(run: str) -> Iterable[str]:
-    from leanseek import load
+    from pathlib import Path
+
+    import torch
+
+    from leanseek.serve.llm import LLM
     from leanseek.serve.sampling import Sampling
 
-    llm = load(run)
+    llm = LLM.load(Path(run), dtype=torch.float32)  # as the others, whatever the run was trained in
     return (llm.generate(prompt, Sampling(temperature=0, max_tokens=TOKENS)).text for prompt in PROMPTS)
 
 
@@ -27,10 +32,12 @@ def vllm(folder: str, drafts: str) -> Iterable[str]:
 
     # CPU_MLA is vLLM's latent attention in FP32. Its own kernels are left out: that for RoPE without YaRN reads queries
     # as if the heads' rotary parts lay side by side.
-    backend = {"attention_config": {"backend": "CPU_MLA"}, "compilation_config": {"custom_ops": ["none"]}}
+    # It knows latents of 512 alone: VLLM_MLA_DISABLE=1 leaves it out, for smaller models.
+    attention = {} if os.environ.get("VLLM_MLA_DISABLE") else {"backend": "CPU_MLA"}
+    backend = {"attention_config": attention, "compilation_config": {"custom_ops": ["none"]}}
     if int(drafts):
-        speculation = {"method": "mtp", "num_speculative_tokens": int(drafts), "attention_backend": "CPU_MLA"}
-        backend["speculative_config"] = speculation
+        speculation = {"method": "mtp", "num_speculative_tokens": int(drafts)}
+        backend["speculative_config"] = speculation | {f"attention_{key}": value for key, value in attention.items()}
     limits = {"max_model_len": 256, "max_num_seqs": 2, "enforce_eager": True, "kv_cache_memory_bytes": 1 << 28}
     llm = LLM(folder, dtype="float32", disable_log_stats=False, **backend, **limits)
     results = llm.generate(list(PROMPTS), SamplingParams(temperature=0, max_tokens=TOKENS))

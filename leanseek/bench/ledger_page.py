@@ -67,7 +67,8 @@ The target is what the row `{ORDINARY}` ends with. Track: `{track.name}`.
     score = tokens to the target (median over seeds) × CPU-seconds per token
             + CPU-seconds of learning the tokenizer, tokenising and, where a recipe learns from counts, counting
 
-- *Tokens to the target* are read off a run's validations, in a line between the two around the target.
+- *Tokens to the target* are those of a row's own tokenizer, read off a run's validations, in a line between the two
+  around the target.
 - *CPU-seconds per token* (user and system, of the whole process) are measured in turn in one short run:
   {SPEED_ROUNDS} rounds of all rows, each time a process of its own on one thread, {SPEED_STEPS} optimizer steps,
   the first {SPEED_WARM_UP} not counted; median. The two factors are measured apart because hours of training
