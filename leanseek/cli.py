@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from leanseek.config import BadInput, read_recipe, recipe_names, to_toml
+from leanseek.config import BadInput, Config, parse, read_recipe, recipe_names, to_toml
 
 app = typer.Typer(
     name="leanseek",
@@ -28,6 +28,7 @@ UsageError: Any = typer.BadParameter.__bases__[0]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 Averaged = Annotated[bool, typer.Option("--ema", help="The moving average of the weights, where one was kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Flops = Annotated[float | None, typer.Option(metavar="C", help="Grown to so many FLOPs: sizes, rates and tokens.")]
 
 
 @app.command()
@@ -47,11 +48,14 @@ def demo(
 @app.command()
 def recipes(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Print this one, resolved.")] = None,
+    flops: Flops = None,
 ) -> None:
     """List the shipped recipes, or print one resolved."""
     if name is not None:
-        print(to_toml(read_recipe(name)), end="")
+        print(to_toml(_recipe(name, [], flops)), end="")
         return
+    if flops is not None:
+        raise BadInput("--flops: which recipe is to be grown?")
     for each in recipe_names():
         print(f"{each:<8}  {read_recipe(each).description}")
 
@@ -126,9 +130,10 @@ def pretrain(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="For example train.tokens=2e6.")
     ] = None,
+    flops: Flops = None,
 ) -> None:
     """Train a model from scratch; the same command again goes on where it stopped."""
-    config = read_recipe(recipe, overrides or [])
+    config = _recipe(recipe, overrides or [], flops)
     from leanseek.train.pretrain import pretrain as run_pretrain
 
     _print_receipt(run_pretrain(config, data, out))
@@ -592,6 +597,16 @@ def main(arguments: list[str] | None = None) -> NoReturn:
         needs = "a smaller train.micro_batch, context or model needs less"
         _refuse(f"out of memory: {needs}; what was saved is untouched", error)
     sys.exit(0)
+
+
+def _recipe(name: str, overrides: list[str], flops: float | None) -> Config:
+    """A recipe, grown if it is to be, with `overrides` laid over it; the ids that it has count among the FLOPs."""
+    if flops is None:
+        return read_recipe(name, overrides)
+    from leanseek.train.grow import grown
+
+    ids = [override for override in overrides if override.strip().startswith("model.vocab_size=")]
+    return parse(to_toml(grown(read_recipe(name, ids), flops)), f"recipe {name}", overrides)
 
 
 def _speaks() -> bool:

@@ -8,9 +8,10 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from leanseek.train.schedule import knobs
 from leanseek.train.setup import settled
 from leanseek.train.step import train_step
 
-VOCABULARY = 4096  # of the recipe demo
+OF_STORIES, OF_TEXT = "demo", "nano"  # recipes: for the stories made here, and for anybody's text
 STORY_BYTES, MOST_STORY_BYTES = 1_700_000, 60_000_000  # text made for each minute, and at most
 HELD_OUT, VIGNETTES = 300_000, 2_000_000  # bytes of stories to validate on, and of vignettes to begin with
 CHATS_PER_MINUTE, MOST_CHATS = 1_200, 60_000
@@ -45,7 +46,7 @@ RESERVE = 15.0  # seconds for the exam, the samples and the checkpoints
 VALIDATING = 0.06  # share of the minutes that validation takes
 INSTRUCTION = 0.35  # share of the training tokens
 ALONE, FADING, FADES = 130_000, 100_000, (0.7, 0.5, 0.3, 0.15)  # tokens of vignettes alone, of each mixture, its share
-SPEED_STEPS = 6  # steps whose median speed says how many tokens fit
+SPEED_STEPS = 5  # of either kind, whose median speed says how many tokens fit
 EXAM, AT_ONCE = 200, 50  # questions, and those answered side by side
 SAMPLES, SHOWN, WORDS_GIVEN = 10, 3, 5
 
@@ -57,8 +58,10 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     run = run if run.name else run.absolute()
     data, base = run.with_name(f"{run.name}-data"), run.with_name(f"{run.name}-base")
     screen = Screen(minutes, stories=text is None)
+    recipe = read_recipe(OF_STORIES if text is None else OF_TEXT)
+    vocabulary = recipe.model.vocab_size
 
-    screen.step("Text and tokenizer", f"raw text → clean documents → {VOCABULARY:,} tokens → shards")
+    screen.step("Text and tokenizer", f"raw text → clean documents → {vocabulary:,} tokens → shards")
     source = "" if text is None else str(Path(text).absolute()) if Path(text).exists() else text
     remembered = data / "demo-text"
     if not (data / "manifest.json").exists():
@@ -69,10 +72,10 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
                 min(HELD_OUT, size // 4),
             )
             report = prepare(
-                inputs, data, VOCABULARY, progress=sys.stderr.isatty(), validation=[f"storyworld:{held_out}"]
+                inputs, data, vocabulary, progress=sys.stderr.isatty(), validation=[f"storyworld:{held_out}"]
             )
         else:
-            report = prepare([text], data, VOCABULARY, progress=sys.stderr.isatty())
+            report = prepare([text], data, vocabulary, progress=sys.stderr.isatty())
         screen.show(report.lines())
         remembered.write_text(source, encoding="utf-8")
     elif remembered.exists() and remembered.read_text(encoding="utf-8") != source:
@@ -84,7 +87,7 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     first = base if text is None else run
     begun = (first / "config.toml").exists()
     share = 1 - INSTRUCTION if text is None else 1.0
-    config = checkpoint.read_run(first) if begun else budgeted(screen.left(), share, opened, tokenizer)
+    config = checkpoint.read_run(first) if begun else budgeted(recipe, screen.left(), share, opened, tokenizer)
     if text is None and not begun:
         config = config.model_copy(update={"stages": from_vignettes_to_stories(config)})
     receipts = [pretrain(config, data, first)]
@@ -130,21 +133,26 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
 # ── the parts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def budgeted(seconds: float, share: float, data: Data, tokenizer: Tokenizer) -> Config:
-    """The demo recipe with the tokens that this machine trains in a share of the seconds, by a few steps' measure."""
-    config = read_recipe("demo")
+def budgeted(config: Config, seconds: float, share: float, data: Data, tokenizer: Tokenizer) -> Config:
+    """The recipe with the tokens that this machine trains in a share of the seconds, by a few steps' measure.
+
+    Half of the steps are as in the middle of the run, half as at its end, when MTP learns as it does from chats.
+    """
     config = config.model_copy(update={"train": settled(config.train)})
     model, optimizers, loader, _ = assemble(config, data, tokenizer)
-    now = knobs(config.schedule, config.train.tokens // 2, config.train.tokens)
-    rows = now.batch_tokens // config.stages[0].sequence_length
-    times = []
-    for i in range(SPEED_STEPS):
-        batch = loader.batch(0, i * rows, rows)
+    budget, last = config.train.tokens, len(config.stages) - 1
+    times: dict[float, list[float]] = {0.5: [], 0.99: []}
+    for i in range(2 * SPEED_STEPS):
+        at = list(times)[i % 2]
+        now = replace(knobs(config.schedule, at * budget, budget), count_weight=0.0)  # nothing is counted yet
+        rows = now.batch_tokens // config.stages[last].sequence_length
+        batch = loader.batch(last, i * rows, rows)
         ids, targets = (torch.from_numpy(array).to(config.train.device) for array in (batch.ids, batch.targets))
         begun = time.perf_counter()
         train_step(model, optimizers, ids, targets, now, config)
-        times.append(time.perf_counter() - begun)
-    steps = max(int(share * (seconds - sum(times)) / sorted(times)[len(times) // 2]), 1)
+        times[at].append(time.perf_counter() - begun)
+    spent = sum(map(sum, times.values()))
+    steps = max(int(share * (seconds - spent) / mean(map(median, times.values()))), 1)
     train = config.train.model_copy(update={"tokens": steps * ids.numel()})
     return config.model_copy(update={"train": train})
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanseek.bench.rows import Kind, Row, kinds_of_tokens, shape
+from leanseek.bench.rows import Row, shape
 from leanseek.config import BadInput, Config, read_recipe
 from leanseek.model.transformer import Transformer
 from leanseek.plan.count import flops_per_token
 from leanseek.train.optim import build_optimizers
 from leanseek.train.pretrain import pretrain
-from leanseek.train.schedule import Knobs, knobs
+from leanseek.train.schedule import Kind, Knobs, kinds_of_tokens, knobs
 from leanseek.train.step import StepResult, train_step
 from tests.test_pretrain import tensors_of
 from tests.tiny import RECIPE, make_data

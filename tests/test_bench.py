@@ -26,7 +26,6 @@ from leanseek.bench.queue import Item, Place, is_done, items, work_through
 from leanseek.bench.rows import (
     ORDINARY,
     ROWS,
-    Kind,
     Row,
     chosen_rows,
     config_of,
@@ -45,7 +44,7 @@ from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
 from leanseek.plan.count import cache_bytes_per_token, parameters
-from leanseek.train.schedule import knobs
+from leanseek.train.schedule import Kind, knobs
 from scripts.removals import HALF, REMOVED, WHOLE
 from tests.runs import TEXT, make_run, model_of, tokenizer
 from tests.tiny import RECIPE, story

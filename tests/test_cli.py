@@ -286,7 +286,16 @@ def small_demo(monkeypatch: pytest.MonkeyPatch) -> None:
     from leanseek import demo
 
     longer = ("model.vocab_size=4096", "model.max_position_embeddings=512", "stages.0.sequence_length=256")
-    monkeypatch.setattr(demo, "read_recipe", lambda name: read_recipe(str(RECIPE), longer))
+    like_nano = (
+        *(
+            "model.vocab_size=6144",
+            "counts.order=3",
+            "schedule.count_weight=[{until=0.9,value=1.0},{until=1,value=0.0}]",
+        ),
+        "stages=[{sequence_length=64,share=0.3},{sequence_length=256,share=0.7}]",
+    )
+    of = {"demo": longer, "nano": (*longer[1:2], *like_nano)}
+    monkeypatch.setattr(demo, "read_recipe", lambda name: read_recipe(str(RECIPE), of[name]))
     for name, value in {"EXAM": 5, "AT_ONCE": 3, "SAMPLES": 2, "SHOWN": 1, "CHATS_PER_MINUTE": 600}.items():
         monkeypatch.setattr(demo, name, value)
     monkeypatch.setattr(sys, "stdin", io.StringIO())
@@ -340,7 +349,9 @@ def test_demo_on_ones_own_text(leanseek, refusal, small_demo, tmp_path: Path) ->
     assert code == 0
     assert all(f"{i}/4  {title}" in out for i, title in enumerate(("Text", "Pre-training", "Samples", "The bill"), 1))
     receipt = json.loads((tmp_path / "demo" / "receipt.json").read_text())
-    assert receipt["tokens"] == read_recipe(str(tmp_path / "demo" / "config.toml")).train.tokens
+    ran = read_recipe(str(tmp_path / "demo" / "config.toml"))
+    assert receipt["tokens"] == ran.train.tokens
+    assert (ran.model.vocab_size, ran.counts is None, len(ran.stages)) == (6144, False, 2)  # nano's method
     (tmp_path / "other.txt").write_text("Other text.\n" * 99)
     assert "other text" in refusal("demo", "--text", tmp_path / "other.txt", "--out", tmp_path / "demo")
     assert "--minutes" in refusal("demo", "--minutes", "nan", "--out", tmp_path / "x")

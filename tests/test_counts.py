@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanseek.bench.rows import Kind, kinds_of_tokens
 from leanseek.config import BadInput, read_recipe
 from leanseek.data.ngrams import Followers, NGrams, count
 from leanseek.data.shards import open_data
@@ -22,7 +21,7 @@ from leanseek.ops.loss import IGNORE, Expected, linear_cross_entropy, linear_exp
 from leanseek.train.counts import Counts, counts_of
 from leanseek.train.optim import build_optimizers
 from leanseek.train.pretrain import pretrain
-from leanseek.train.schedule import Knobs
+from leanseek.train.schedule import Kind, Knobs, kinds_of_tokens
 from leanseek.train.step import train_step
 from tests.pool import Pool
 from tests.tiny import RECIPE, make_data

@@ -1,17 +1,16 @@
 """The rows of the ledger: the controls, V3 as published, ours. Any further recipe is one more line."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from leanseek.bench import controls
 from leanseek.bench.controls import Control
-from leanseek.config import BadInput, Config, Piece, nearest, parse, read_recipe, to_toml
-from leanseek.plan.count import flops_per_token, parameters
-from leanseek.train.schedule import knobs
+from leanseek.config import BadInput, Config, nearest, parse, read_recipe, to_toml
+from leanseek.plan.count import parameters
+from leanseek.train.grow import mean_flops_per_token
+from leanseek.train.schedule import knobs, scaled
 
 EVALUATIONS = 24  # per full run
 WHOLE = 1 << 40  # tokens of validation text: all of it
@@ -125,7 +124,7 @@ def config_of(row: Row, tokens: int, rate: float | None, seed: int, evaluations:
     config = read_recipe(row.recipe, row.overrides)
     if rate is not None:
         peak = max(piece.value for piece in config.schedule.learning_rate)
-        pieces = tuple(_scaled(piece, rate / peak) for piece in config.schedule.learning_rate)
+        pieces = scaled(config.schedule.learning_rate, rate / peak)
         config = config.model_copy(update={"schedule": config.schedule.model_copy(update={"learning_rate": pieces})})
     train = {"tokens": tokens, "seed": seed, "eval_tokens": WHOLE}
     config = config.model_copy(update={"train": config.train.model_copy(update=train)})
@@ -142,11 +141,6 @@ def steps_of(config: Config) -> int:
     return steps
 
 
-def _scaled(piece: Piece, factor: float) -> Piece:
-    start = None if piece.start is None else piece.start * factor
-    return piece.model_copy(update={"value": piece.value * factor, "start": start})
-
-
 def vocabulary(row: Row) -> int:
     return row.control.vocab_size if row.control else config_of(row, row.tokens, None, 0).model.vocab_size
 
@@ -156,39 +150,7 @@ def shape(row: Row) -> tuple[int, float]:
     if row.control:
         return controls.parameter_count(row.control), controls.flops_per_token(row.control)
     config = config_of(row, row.tokens, None, 0)
-    flops = 0.0
-    for kind, share in kinds_of_tokens(config).items():
-        length = config.stages[kind.stage].sequence_length
-        cut = config.train.mtp_length
-        flops += share * flops_per_token(config.model, length, mtp=kind.mtp, awake=kind.layers, mtp_length=cut)
-    return parameters(config.model).total_with_mtp, flops
-
-
-class Kind(NamedTuple):
-    """What decides how much work a token is: its stage, whether MTP modules learn from it, whether counts teach, how
-    many layers are awake (None: all), and its batch's size (None: a control's own)."""
-
-    stage: int = 0
-    mtp: bool = False
-    counted: bool = False
-    layers: int | None = None
-    batch: int | None = None
-
-
-def kinds_of_tokens(config: Config) -> dict[Kind, float]:
-    """The kinds of a run's tokens and their shares, to a thousandth; a batch that grows is what it grows to."""
-    budget, found = config.train.tokens, Counter[Kind]()
-    ends = list(accumulate(stage.share for stage in config.stages))
-    batches = tuple(Piece(until=piece.until, value=piece.value) for piece in config.schedule.batch_tokens)
-    schedule = config.schedule.model_copy(update={"batch_tokens": batches})
-    for i in range(1000):
-        at = (i + 0.5) / 1000
-        now = knobs(schedule, budget * at, budget)
-        mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
-        stage = min(sum(end <= at for end in ends), len(ends) - 1)
-        counted = config.counts is not None and now.count_weight > 0
-        found[Kind(stage, mtp, counted, now.layers, now.batch_tokens)] += 1
-    return {kind: times / 1000 for kind, times in found.items()}
+    return parameters(config.model).total_with_mtp, mean_flops_per_token(config)
 
 
 def settings_of(row: Row, tokens: int, rate: float | None) -> dict[str, Any]:

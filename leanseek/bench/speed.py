@@ -13,7 +13,7 @@ from statistics import median
 import torch
 
 from leanseek.bench import controls
-from leanseek.bench.rows import Kind, Row, config_of, control_of, kinds_of_tokens
+from leanseek.bench.rows import Row, config_of, control_of
 from leanseek.config import Piece
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
@@ -21,6 +21,7 @@ from leanseek.train.counts import counts_of
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import read_metrics
 from leanseek.train.pretrain import pretrain
+from leanseek.train.schedule import Kind, kinds_of_tokens
 
 SPEED_ROUNDS, SPEED_STEPS, SPEED_WARM_UP = 3, 12, 3
 

@@ -1,9 +1,14 @@
 """Every knob of a run as a pure function of the tokens seen (report §4.2)."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
-from leanseek.config import Piece, ScheduleConfig
+from leanseek.config import Config, Piece, ScheduleConfig
+
+PLACES = 1000  # of a run, at which its tokens are looked at
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,41 @@ def curve(pieces: tuple[Piece, ...], at: float) -> float:
             return before + (value - before) * way
         begin = piece.until
     return value
+
+
+def scaled(pieces: tuple[Piece, ...], factor: float) -> tuple[Piece, ...]:
+    """A curve so many times as high."""
+
+    def times(value: float | None) -> float | None:
+        return None if value is None else value * factor
+
+    return tuple(
+        piece.model_copy(update={"value": times(piece.value), "start": times(piece.start)}) for piece in pieces
+    )
+
+
+class Kind(NamedTuple):
+    """What decides how much work a token is: its stage, whether MTP modules learn from it, whether counts teach, how
+    many layers are awake (None: all), and its batch's size (None: of whatever size)."""
+
+    stage: int = 0
+    mtp: bool = False
+    counted: bool = False
+    layers: int | None = None
+    batch: int | None = None
+
+
+def kinds_of_tokens(config: Config) -> dict[Kind, float]:
+    """The kinds of a run's tokens and their shares, to a thousandth; a batch that grows is what it grows to."""
+    budget, found = config.train.tokens, Counter[Kind]()
+    ends = list(accumulate(stage.share for stage in config.stages))
+    batches = tuple(Piece(until=piece.until, value=piece.value) for piece in config.schedule.batch_tokens)
+    schedule = config.schedule.model_copy(update={"batch_tokens": batches})
+    for i in range(PLACES):
+        at = (i + 0.5) / PLACES
+        now = knobs(schedule, budget * at, budget)
+        mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
+        stage = min(sum(end <= at for end in ends), len(ends) - 1)
+        counted = config.counts is not None and now.count_weight > 0
+        found[Kind(stage, mtp, counted, now.layers, now.batch_tokens)] += 1
+    return {kind: times / PLACES for kind, times in found.items()}
