@@ -344,13 +344,13 @@ def test_demo_on_ones_own_text(leanseek, refusal, small_demo, tmp_path: Path) ->
     dice = random.Random(0)
     text = tmp_path / "stories.jsonl"
     text.write_text("\n".join(json.dumps({"text": story(dice)}) for _ in range(200)))
-    ask = ("demo", "--minutes", 0.01, "--text", text, "--out", tmp_path / "demo")
+    ask = ("demo", "--minutes", 0.05, "--text", text, "--out", tmp_path / "demo")
     code, out, _ = leanseek(*ask)
     assert code == 0
     assert all(f"{i}/4  {title}" in out for i, title in enumerate(("Text", "Pre-training", "Samples", "The bill"), 1))
     receipt = json.loads((tmp_path / "demo" / "receipt.json").read_text())
     ran = read_recipe(str(tmp_path / "demo" / "config.toml"))
-    assert receipt["tokens"] == ran.train.tokens
+    assert receipt["tokens"] == pytest.approx(ran.train.tokens, abs=64 + 256)  # whole rows of either length
     assert (ran.model.vocab_size, ran.counts is None, len(ran.stages)) == (6144, False, 2)  # nano's method
     (tmp_path / "other.txt").write_text("Other text.\n" * 99)
     assert "other text" in refusal("demo", "--text", tmp_path / "other.txt", "--out", tmp_path / "demo")
