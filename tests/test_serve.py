@@ -223,6 +223,23 @@ def test_the_runner_is_the_model(shape: str, route: str, small: int, new: int, m
     assert apart(both_ways(model, rows, new)) < 1e-6  # angles are FP32 on both sides, everything else FP64
 
 
+@pytest.mark.parametrize("ffn", ["dense", "experts"])
+def test_of_one_ffn_some_matrices_rest_in_bf16_and_some_in_fp32(ffn: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gate and up together have twice the elements of down, and may lie on the other side of SMALL."""
+    rows, experts, chosen = ROUTES["all of them"]
+    size = {"n_routed_experts": experts, "num_experts_per_tok": chosen, "max_position_embeddings": 64}
+    model = Transformer(tiny(**size), torch.bfloat16)
+    fill(model)
+    own = model.config
+    wide = own.moe_intermediate_size * (experts + own.n_shared_experts)
+    down = own.hidden_size * (own.intermediate_size if ffn == "dense" else wide)
+    errors = []
+    for small in (0, down):
+        monkeypatch.setattr(runner_module, "SMALL", small)
+        errors.append(apart(both_ways(model, rows)))
+    assert errors[1] < 1.5 * errors[0]  # as near to the model as with all in BF16
+
+
 def test_ways_through_the_experts_are_the_ones_meant(monkeypatch: pytest.MonkeyPatch) -> None:
     ways: list[str] = []
     for owner, name in ((_MoE, "one_by_one"), (_Wide, "__call__"), (Experts, "forward")):

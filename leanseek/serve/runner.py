@@ -364,7 +364,7 @@ class _Matrix:
         """The product in the precision in which W rests."""
         if self.packed:
             return torch.ops.mkldnn._linear_pointwise(x.to(torch.bfloat16), self.weight, None, "none", [], "")
-        return torch.mm(x, self.weight)
+        return torch.mm(x.to(self.weight.dtype), self.weight)  # x may come out of a matrix that rests otherwise
 
     def __call__(self, x: Tensor) -> Tensor:
         return self.raw(x).to(self.between) if self.packed else torch.mm(x, self.weight)
