@@ -3,14 +3,16 @@
     python -m scripts.removals OUT --data DATA [--tokens 1e6] [--seeds 2] [--only NAME…]
 
 Runs stay in OUT and what is there is not done again, so that two such processes share the work. Prints the table: bits
-per byte of 150,000 tokens of the validation text, and what a part saves in tokens: halving the tokens costs so many
-bits, which the row "half the tokens" measures.
+per byte of 150,000 tokens of the validation text; the tokens that would make up for what is lost, at the price that the
+row "half the tokens" sets; a token's CPU-seconds beside the recipe's; and the product of both, what the same quality would
+cost. CPU-seconds are by the runs' own clocks: beside other work they say little.
 """
 
 import argparse
 import math
 from pathlib import Path
 from statistics import median
+from typing import NamedTuple
 
 import torch
 
@@ -62,7 +64,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(REMOVED), default=list(REMOVED))
     asked = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, list[float]] = {}
+    found: dict[str, list[Ran]] = {}
     for seed in range(asked.seeds):
         for name in asked.only:
             tokens = int(asked.tokens / 2) if name == HALF else int(asked.tokens)
@@ -75,23 +77,36 @@ def main() -> None:
                 if "in use by another process" not in str(error):
                     raise
                 continue
-            found.setdefault(name, []).append(read_metrics(run)[1][-1]["bpb"])
-            print(f"{name}, seed {seed}: {found[name][-1]:.4f}", flush=True)
+            steps, evaluations = read_metrics(run)
+            per_token = steps[-1]["cpu_seconds"] / steps[-1]["tokens"]
+            found.setdefault(name, []).append(Ran(evaluations[-1]["bpb"], per_token))
+            print(f"{name}, seed {seed}: {found[name][-1].bpb:.4f}", flush=True)
     print(table(found))
 
 
-def table(found: dict[str, list[float]]) -> str:
-    """Rows by name; a removal's share of tokens from the bits that halving costs."""
-    whole, half = found.get(WHOLE, [math.nan]), found.get(HALF, [math.nan])
-    halving = median(half) - median(whole)
-    lines = [
-        "| without | bits per byte, by seed | more than the recipe, by seed | worth in tokens |",
-        "|---|---|---|---|",
-    ]
-    for name, bits in found.items():
-        more = ", ".join(f"{there - here:+.4f}" for here, there in zip(whole, bits, strict=False))
-        share = f"{2 ** ((median(bits) - median(whole)) / halving):.2f}×" if name != WHOLE else ""
-        lines.append(f"| {name} | {', '.join(f'{each:.4f}' for each in bits)} | {more} | {share} |")
+class Ran(NamedTuple):
+    bpb: float
+    per_token: float  # CPU-seconds
+
+
+def table(found: dict[str, list[Ran]]) -> str:
+    """Rows by name. What is lost in bits is worth tokens at the price that halving them sets."""
+    whole, half = found.get(WHOLE, [Ran(math.nan, math.nan)]), found.get(HALF, [Ran(math.nan, math.nan)])
+    bits, cost = (median(each) for each in zip(*whole, strict=True))
+    halving = median(ran.bpb for ran in half) - bits
+    heads = (
+        *("without", "bits per byte, by seed", "more than the recipe, by seed", "tokens that make up for it"),
+        *("CPU-s a token ÷ the recipe's", "the same quality costs"),
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for name, runs in found.items():
+        more = ", ".join(f"{there.bpb - here.bpb:+.4f}" for here, there in zip(whole, runs, strict=False))
+        cells = [name, ", ".join(f"{ran.bpb:.4f}" for ran in runs), more, "", "", ""]
+        if name not in (WHOLE, HALF):
+            tokens = 2 ** ((median(ran.bpb for ran in runs) - bits) / halving)
+            dearer = median(ran.per_token for ran in runs) / cost
+            cells[3:] = [f"{tokens:.2f}×", f"{dearer:.2f}", f"**{tokens * dearer:.2f}×**"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
