@@ -4,8 +4,8 @@
 
 Runs stay in OUT and what is there is not done again, so that two such processes share the work. Prints the table: bits
 per byte of 150,000 tokens of the validation text; the tokens that would make up for what is lost, at the price that the
-row "half the tokens" sets; a token's CPU-seconds beside the recipe's; and the product of both, what the same quality would
-cost. CPU-seconds are by the runs' own clocks: beside other work they say little.
+row "half the tokens" sets; a token's CPU-seconds beside the recipe's; and the product of both, what the same quality
+would cost. CPU-seconds are by the runs' own clocks: beside other work they say little.
 """
 
 import argparse
