@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import count, islice
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ from leanseek.serve.llm import LLM
 from leanseek.serve.sampling import Sampling
 from leanseek.train.pretrain import assemble, pretrain
 from leanseek.train.receipt import printed, summed
-from leanseek.train.schedule import knobs
+from leanseek.train.schedule import kinds_of_tokens, knobs
 from leanseek.train.setup import settled
 from leanseek.train.step import train_step
 
@@ -46,7 +46,7 @@ RESERVE = 15.0  # seconds for the exam, the samples and the checkpoints
 VALIDATING = 0.06  # share of the minutes that validation takes
 INSTRUCTION = 0.35  # share of the training tokens
 ALONE, FADING, FADES = 130_000, 100_000, (0.7, 0.5, 0.3, 0.15)  # tokens of vignettes alone, of each mixture, its share
-SPEED_STEPS = 5  # of either kind, whose median speed says how many tokens fit
+SPEED_STEPS = 5  # of each kind, whose median speed says how many tokens fit
 EXAM, AT_ONCE = 200, 50  # questions, and those answered side by side
 SAMPLES, SHOWN, WORDS_GIVEN = 10, 3, 5
 
@@ -86,8 +86,8 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
     screen.step("Pre-training", "reading: MLA, experts with loss-free balancing, multi-token prediction, Muon")
     first = base if text is None else run
     begun = (first / "config.toml").exists()
-    share = 1 - INSTRUCTION if text is None else 1.0
-    config = checkpoint.read_run(first) if begun else budgeted(recipe, screen.left(), share, opened, tokenizer)
+    of_chats = INSTRUCTION if text is None else 0.0
+    config = checkpoint.read_run(first) if begun else budgeted(recipe, screen.left(), of_chats, opened, tokenizer)
     if text is None and not begun:
         config = config.model_copy(update={"stages": from_vignettes_to_stories(config)})
     receipts = [pretrain(config, data, first)]
@@ -133,26 +133,33 @@ def demo(minutes: float, text: str | None, run: Path) -> None:
 # ── the parts ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def budgeted(config: Config, seconds: float, share: float, data: Data, tokenizer: Tokenizer) -> Config:
-    """The recipe with the tokens that this machine trains in a share of the seconds, by a few steps' measure.
+def budgeted(config: Config, seconds: float, chats: float, data: Data, tokenizer: Tokenizer) -> Config:
+    """The recipe with the tokens that fit into the seconds on this machine, by a few steps' measure.
 
-    Half of the steps are as in the middle of the run, half as at its end, when MTP learns as it does from chats.
+    So many of all tokens will be `chats`, and are left room for: from them MTP learns all along, and of whole rows.
     """
     config = config.model_copy(update={"train": settled(config.train)})
+    like_chats = config.model_copy(update={"train": config.train.model_copy(update={"mtp_length": None})})
+    late = sum(share for kind, share in kinds_of_tokens(config).items() if kind.mtp)
+    kinds = (  # share of all tokens, place in the schedule, configuration
+        ((1 - chats) * (1 - late), 0.5, config),
+        ((1 - chats) * late, 0.99, config),
+        (chats, 0.99, like_chats),
+    )
     model, optimizers, loader, _ = assemble(config, data, tokenizer)
     budget, last = config.train.tokens, len(config.stages) - 1
-    times: dict[float, list[float]] = {0.5: [], 0.99: []}
-    for i in range(2 * SPEED_STEPS):
-        at = list(times)[i % 2]
+    begun, of_a_step = time.perf_counter(), 0.0
+    for share, at, like in kinds:
         now = replace(knobs(config.schedule, at * budget, budget), count_weight=0.0)  # nothing is counted yet
-        rows = now.batch_tokens // config.stages[last].sequence_length
-        batch = loader.batch(last, i * rows, rows)
-        ids, targets = (torch.from_numpy(array).to(config.train.device) for array in (batch.ids, batch.targets))
-        begun = time.perf_counter()
-        train_step(model, optimizers, ids, targets, now, config)
-        times[at].append(time.perf_counter() - begun)
-    spent = sum(map(sum, times.values()))
-    steps = max(int(share * (seconds - spent) / mean(map(median, times.values()))), 1)
+        rows, times = now.batch_tokens // config.stages[last].sequence_length, []
+        for i in range(SPEED_STEPS):
+            batch = loader.batch(last, i * rows, rows)
+            ids, targets = (torch.from_numpy(array).to(config.train.device) for array in (batch.ids, batch.targets))
+            start = time.perf_counter()
+            train_step(model, optimizers, ids, targets, now, like)
+            times.append(time.perf_counter() - start)
+        of_a_step += share * median(times)
+    steps = max(int((1 - chats) * (seconds - (time.perf_counter() - begun)) / of_a_step), 1)
     train = config.train.model_copy(update={"tokens": steps * ids.numel()})
     return config.model_copy(update={"train": train})
 
