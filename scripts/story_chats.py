@@ -56,9 +56,10 @@ def main() -> None:
     base = asked.base or asked.out / "base"
     asked.out.mkdir(parents=True, exist_ok=True)
     if asked.base is None:
+        recipe = read_recipe("demo", [f"train.tokens={round(asked.tokens)}", "train.dtype=fp32"])
         if not (data / "manifest.json").exists():
-            prepare(["storyworld:8MB"], data, 4096, validation=["storyworld:200KB"])
-        pretrain(read_recipe("demo", [f"train.tokens={round(asked.tokens)}", "train.dtype=fp32"]), data, base)
+            prepare(["storyworld:8MB"], data, recipe.model.vocab_size, validation=["storyworld:200KB"])
+        pretrain(recipe, data, base)
     if not file.exists():
         write_chats(file, asked.chats)
     receipt = sft(base, file, run)
