@@ -113,7 +113,7 @@ def test_a_small_run_is_stretched_in_proportion() -> None:
     assert context_of(long) == 4096
     assert long.train.tokens == 2 * round(0.1 * demo.train.tokens)  # a thousand steps would be more than a tenth
     assert long.train.micro_batch == 1
-    assert knobs(long.schedule, 0, long.train.tokens).learning_rate == pytest.approx(6e-3 * 7.3 / 220)
+    assert knobs(long.schedule, 0, long.train.tokens).learning_rate == pytest.approx(1.6e-2 * 7.3 / 220)
     assert long.model.num_nextn_predict_layers == demo.model.num_nextn_predict_layers
     further = extended(long, (16384,)).model
     assert further.rope_scaling == yarn.model_copy(update={"factor": 80.0})  # from the length it was pre-trained at
