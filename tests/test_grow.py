@@ -76,6 +76,8 @@ def test_the_rules_in_figures() -> None:
     fast = config.optimizer.embedding_rate * config.schedule.learning_rate[1].value
     assert fast == pytest.approx(20 * 1.6e-2)  # what is looked up keeps its rate
     assert config.train.micro_batch * config.stages[-1].sequence_length == 64 * 256  # memory
+    widths = [grown(nano, times * run_flops(nano)).model.hidden_size for times in (1 / 50, 1 / 4, 4, 9, 10)]
+    assert widths == [64, 128, 128, 128, 192]  # 2 · 10^0.18 = 3.03 heads
 
 
 def test_a_runs_flops_are_those_of_its_receipt(tmp_path: Path) -> None:

@@ -79,9 +79,12 @@ def grown(config: Config, flops: float) -> Config:
 
 
 def _shape(model: ModelConfig, times: float) -> ModelConfig:
-    """The same proportions at another width, in whole heads; more layers; as many experts, each wider."""
+    """The same proportions at another width, more layers, as many experts, each wider.
+
+    The width changes by whole heads, and not before one is due: three and a half heads are three, grown from two.
+    """
     head = model.hidden_size // model.num_attention_heads
-    heads = max(1, round(model.num_attention_heads * times**WIDTH))
+    heads = max(1, model.num_attention_heads + int(model.num_attention_heads * (times**WIDTH - 1)))
     wider = heads * head / model.hidden_size
     layers = max(model.first_k_dense_replace + 1, round(model.num_hidden_layers * wider**DEPTH))
     even = {
