@@ -605,7 +605,7 @@ def _recipe(name: str, overrides: list[str], flops: float | None) -> Config:
         return read_recipe(name, overrides)
     from leanseek.train.grow import grown
 
-    ids = [override for override in overrides if override.strip().startswith("model.vocab_size=")]
+    ids = [override for override in overrides if override.partition("=")[0].strip() == "model.vocab_size"]
     return parse(to_toml(grown(read_recipe(name, ids), flops)), f"recipe {name}", overrides)
 
 

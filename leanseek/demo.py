@@ -141,11 +141,12 @@ def budgeted(config: Config, seconds: float, chats: float, data: Data, tokenizer
     config = config.model_copy(update={"train": settled(config.train)})
     like_chats = config.model_copy(update={"train": config.train.model_copy(update={"mtp_length": None})})
     late = sum(share for kind, share in kinds_of_tokens(config).items() if kind.mtp)
-    kinds = (  # share of all tokens, place in the schedule, configuration
+    kinds = [  # share of all tokens, place in the schedule, configuration
         ((1 - chats) * (1 - late), 0.5, config),
         ((1 - chats) * late, 0.99, config),
-        (chats, 0.99, like_chats),
-    )
+    ]
+    if chats:
+        kinds.append((chats, 0.99, like_chats))
     model, optimizers, loader, _ = assemble(config, data, tokenizer)
     budget, last = config.train.tokens, len(config.stages) - 1
     begun, of_a_step = time.perf_counter(), 0.0

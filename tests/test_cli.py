@@ -338,6 +338,36 @@ def test_demo_begins_with_vignettes_alone_and_ends_with_stories(tokens: int) -> 
         assert 100_000 < (stages[0].share - config.schedule.learning_rate[0].until) * tokens < 200_000
 
 
+@pytest.mark.parametrize(
+    ("chats", "of_a_step"), [(0.35, 0.65 * (0.75 * 1 + 0.25 * 2) + 0.35 * 4), (0.0, 0.75 * 1 + 0.25 * 2)]
+)
+def test_demo_gives_every_kind_of_token_its_own_time(
+    chats: float, of_a_step: float, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this clock a step takes a second, two where MTP learns, and four where it learns of whole rows (chats)."""
+    from leanseek import demo
+    from leanseek.data.shards import open_data
+    from leanseek.data.tokenizer import Tokenizer
+
+    clock, opened = [0.0], open_data(data)
+    late = (
+        "train.dtype=fp32",
+        "schedule.mtp_weight=[{until=0.75,value=0.0},{until=1.0,value=0.1}]",
+        "train.mtp_length=8",
+    )
+
+    def step(*asked: object) -> None:
+        now, config = asked[-2:]
+        clock[0] += (2 if config.train.mtp_length else 4) if now.mtp_weight else 1
+
+    monkeypatch.setattr(demo, "train_step", step)
+    monkeypatch.setattr(demo.time, "perf_counter", lambda: clock[0])
+    config = demo.budgeted(read_recipe(str(RECIPE), late), 1000, chats, opened, Tokenizer.load(opened.tokenizer_folder))
+    steps = int((1 - chats) * (1000 - clock[0]) / of_a_step)
+    assert clock[0] == demo.SPEED_STEPS * (1 + 2 + (4 if chats else 0))
+    assert config.train.tokens == 256 * steps
+
+
 def test_demo_on_ones_own_text(leanseek, refusal, small_demo, tmp_path: Path) -> None:
     import random
 

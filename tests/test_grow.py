@@ -76,6 +76,8 @@ def test_the_rules_in_figures() -> None:
     fast = config.optimizer.embedding_rate * config.schedule.learning_rate[1].value
     assert fast == pytest.approx(20 * 1.6e-2)  # what is looked up keeps its rate
     assert config.train.micro_batch * config.stages[-1].sequence_length == 64 * 256  # memory
+    evaluations = [it.train.tokens / it.schedule.batch_tokens[-1].value / it.train.eval_every for it in (nano, config)]
+    assert evaluations[1] == pytest.approx(evaluations[0], rel=0.01)  # as many, whatever the length
     widths = [grown(nano, times * run_flops(nano)).model.hidden_size for times in (1 / 50, 1 / 4, 4, 9, 10)]
     assert widths == [64, 128, 128, 128, 192]  # 2 · 10^0.18 = 3.03 heads
 
@@ -104,7 +106,7 @@ def test_what_cannot_grow(recipe: str, flops: float, why: str) -> None:
 
 
 def test_the_dial_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from leanseek.cli import main
+    from leanseek.cli import _recipe, main
 
     def call(*arguments: object) -> str:
         with pytest.raises(SystemExit) as end:
@@ -123,4 +125,6 @@ def test_the_dial_at_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
     receipt = json.loads((tmp_path / "run" / "receipt.json").read_text())
     assert receipt["flops"] == pytest.approx(flops, rel=0.25)  # the last step goes beyond the budget
     call(*ask, "train.seed=5", "train.init_std=0.01")  # the same command again: nothing left to do
+    many = _recipe("nano", ["model.vocab_size = 32768"], 1e15)
+    assert run_flops(many) == pytest.approx(1e15, rel=1e-3)  # what the ids cost is left out of the tokens
     assert parse(call("recipes", "nano", "--flops", 1e15), "printed") == grown(read_recipe("nano"), 1e15)
