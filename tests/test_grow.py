@@ -76,6 +76,8 @@ def test_the_rules_in_figures() -> None:
     fast = config.optimizer.embedding_rate * config.schedule.learning_rate[1].value
     assert fast == pytest.approx(20 * 1.6e-2)  # what is looked up keeps its rate
     assert config.train.micro_batch * config.stages[-1].sequence_length == 64 * 256  # memory
+    released = grown(read_recipe("nano", ["model.num_key_value_heads=2"]), 64 * run_flops(nano)).model
+    assert released.num_key_value_heads == released.num_attention_heads == 4  # released files repeat the head count
     evaluations = [it.train.tokens / it.schedule.batch_tokens[-1].value / it.train.eval_every for it in (nano, config)]
     assert evaluations[1] == pytest.approx(evaluations[0], rel=0.01)  # as many, whatever the length
     widths = [grown(nano, times * run_flops(nano)).model.hidden_size for times in (1 / 50, 1 / 4, 4, 9, 10)]
