@@ -312,6 +312,16 @@ class CountsConfig(Section):
 
     order: int = Field(4, ge=2)  # tokens of the longest n-gram
     tokens: int = Field(20_000_000, gt=0)  # of the text that are counted at most
+    # Sampled softmax while counts teach: the loss is over the most frequent ids and one group of the others, in turn;
+    # none: over all
+    frequent: int | None = Field(None, gt=0)
+    groups: int = Field(4, gt=1)
+
+    def candidates(self, vocab_size: int) -> float:
+        """Ids that a place's loss is over, beside those that the text and the counts have there."""
+        if self.frequent is None or self.frequent >= vocab_size:
+            return vocab_size
+        return self.frequent + (vocab_size - self.frequent) / self.groups
 
 
 class LoraConfig(Section):

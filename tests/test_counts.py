@@ -1,10 +1,12 @@
 """Counts as a teacher: Kneser-Ney against a slow twin of dictionaries, the loss against autograd, runs to the bit."""
 
+import itertools
 import json
 import math
 import time
 from collections import Counter, defaultdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -12,19 +14,22 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanseek.config import BadInput, read_recipe
+from leanseek.config import BadInput, CountsConfig, read_recipe
 from leanseek.data.ngrams import Followers, NGrams, count
 from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
-from leanseek.ops.loss import IGNORE, Expected, linear_cross_entropy, linear_expected_cross_entropy
-from leanseek.train.counts import Counts, counts_of
+from leanseek.ops.expected import LIKELY, Vocabulary
+from leanseek.ops.loss import IGNORE, linear_cross_entropy
+from leanseek.train.counts import Counts, counted, counts_of
 from leanseek.train.optim import build_optimizers
 from leanseek.train.pretrain import pretrain
 from leanseek.train.schedule import Kind, Knobs, kinds_of_tokens
 from leanseek.train.step import train_step
 from tests.pool import Pool
 from tests.tiny import RECIPE, make_data
+
+CPU = torch.device("cpu")
 
 
 def text(vocabulary: int, size: int, seed: int) -> NDArray[np.int64]:
@@ -85,7 +90,7 @@ def test_counts_are_those_of_a_slow_twin(longest: int, largest: int, monkeypatch
     monkeypatch.setattr("leanseek.data.ngrams.LARGEST_TABLE", largest)
     vocabulary, stream = 9, text(9, 400, longest)
     ngrams, slow = (
-        count([stream[:150], stream[150:]], vocabulary, longest, math.inf),
+        count(stream, vocabulary, longest),
         SlowKneserNey(stream.tolist(), vocabulary, longest),
     )
     rows = np.concatenate([stream[100:130], text(vocabulary, 30, 99)]).reshape(4, 15)  # seen text and other text
@@ -100,23 +105,56 @@ def test_counts_are_those_of_a_slow_twin(longest: int, largest: int, monkeypatch
 
 def test_no_more_text_is_counted_than_asked_for() -> None:
     stream = text(9, 300, 0)
-    some, first = (
-        count([stream[:100], stream[100:200], stream[200:]], 9, 3, 150),
-        count([stream[:200]], 9, 3, math.inf),
-    )
-    np.testing.assert_array_equal(some.base, first.base)
-    np.testing.assert_array_equal(some.longer[0].shares, first.longer[0].shares)
+    some = counted([stream[:100], stream[100:200], stream[200:]], 9, CountsConfig(order=3, tokens=150), CPU)
+    first = counted([stream[:200]], 9, CountsConfig(order=3), CPU)
+    np.testing.assert_array_equal(some.ngrams.base, first.ngrams.base)
+    np.testing.assert_array_equal(some.ngrams.longer[0].shares, first.ngrams.longer[0].shares)
 
 
 def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(BadInput, match="do not fit"):
-        count([np.arange(9)], 4096, 6, math.inf)
+        count(np.arange(9), 4096, 6)
 
 
-def as_expected(ngrams: NGrams, rows: NDArray[np.int64]) -> tuple[Expected, Tensor]:
-    """What counts expect at each place of rows, as the loss takes it, and dense [N, V]."""
-    expected = Counts(ngrams, torch.from_numpy(ngrams.base)).expected(torch.from_numpy(rows))
-    return expected, torch.from_numpy(dense(ngrams, ngrams.after(rows)))
+def expectations(counts: Counts, rows: NDArray[np.int64]) -> Tensor:
+    """What counts expect at each place of rows, by id, dense [N, V]."""
+    numbers = counts.number.numpy()
+    return torch.from_numpy(dense(counts.ngrams, counts.ngrams.after(numbers[rows])))[:, counts.number]
+
+
+class Case(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    ids: Tensor
+    targets: Tensor
+    counts: Counts
+
+    def told(self, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the gradients of 0.7 of it."""
+        h, w = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
+        loss = self.counts.loss(h, w, self.ids, self.targets, share)
+        return loss.detach(), *torch.autograd.grad(0.7 * loss, (h, w))
+
+    def wanted(self, share: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The same by autograd, over all ids."""
+        h, w = self.hidden.clone().requires_grad_(), self.weight.clone().requires_grad_()
+        valid = (self.targets != IGNORE).flatten()
+        logp = (h.flatten(0, 1) @ w.T).log_softmax(-1)[valid]
+        text_alone = -logp.gather(1, self.targets.flatten()[valid, None]).sum()
+        q = expectations(self.counts, self.ids.numpy())[valid]
+        mixed = (1 - share) * text_alone - share * (q * logp).sum()
+        return text_alone.detach(), *torch.autograd.grad(0.7 * mixed, (h, w))
+
+
+def case(vocabulary: int, rows: int, config: CountsConfig) -> Case:
+    stream = text(vocabulary, 60 * vocabulary, 1)
+    counts = counted([stream], vocabulary, config, CPU)
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 7, 5, dtype=torch.float64)
+    weight = torch.randn(vocabulary, 5, dtype=torch.float64)
+    ids, targets = (torch.from_numpy(stream[20 + i : 20 + i + 7 * rows].copy()).view(rows, 7) for i in (0, 1))
+    targets[0, 4] = targets[-1, 6] = IGNORE
+    return Case(hidden, weight, ids, targets, counts)
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
@@ -125,26 +163,73 @@ def test_the_loss_is_the_texts_and_its_gradient_that_of_the_mixture(
     share: float, rows_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("leanseek.ops.loss._LOGITS_IN_CACHE", 9 * rows_at_once)
-    stream = text(9, 400, 1)
-    expected, q = as_expected(count([stream], 9, 4, math.inf), stream[20:34].reshape(2, 7))
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(14, 5, dtype=torch.float64), torch.randn(9, 5, dtype=torch.float64)
-    targets = torch.from_numpy(stream[21:35].copy())
-    targets[[4, 13]] = IGNORE
-    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    told = linear_expected_cross_entropy(h, w, targets, expected, share)
-    (0.7 * told).backward()
+    whole = case(9, 2, CountsConfig(order=4))
+    torch.testing.assert_close(whole.told(share), whole.wanted(share), rtol=1e-5, atol=1e-6)
 
-    valid = targets != IGNORE
-    twin_h, twin_w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-    logp = (twin_h @ twin_w.T).log_softmax(-1)[valid]
-    text_alone = -logp.gather(1, targets[valid, None]).sum()
-    wanted = (1 - share) * text_alone - share * (q[valid] * logp).sum()
-    (0.7 * wanted).backward()
-    torch.testing.assert_close(told.detach(), text_alone.detach(), rtol=1e-6, atol=1e-6)
-    assert h.grad is not None
-    assert w.grad is not None
-    torch.testing.assert_close((h.grad, w.grad), (twin_h.grad, twin_w.grad), rtol=1e-5, atol=1e-6)
+
+def test_candidates_are_the_frequent_a_group_and_what_is_asked_for() -> None:
+    vocabulary = Vocabulary(3, (3, 6, 8, 10))
+    asked = torch.tensor([9, 1, 4, 9])
+    found = vocabulary.of(asked, turn=4)  # the second of three groups
+    assert found.tokens.tolist() == [0, 1, 2, 6, 7, 4, 9]
+    assert found.times.tolist() == [1, 1, 1, 3, 3, 1, 1]
+    assert found.column.tolist() == [0, 1, 2, -1, 5, -1, 3, 4, -1, 6]
+    assert vocabulary.of(asked, turn=0).times.tolist() == [1, 1, 1, 3, 1, 3, 1]  # 4 stands for itself alone
+    assert Vocabulary(10, (10,)).of(asked, turn=7).tokens.tolist() == list(range(10))
+
+
+def test_numbers_are_by_frequency_and_groups_alike() -> None:
+    stream = np.repeat(np.arange(9), [1, 7, 2, 8, 3, 0, 5, 4, 6])
+    counts = counted([stream], 9, CountsConfig(order=2, frequent=3, groups=2), CPU)
+    assert counts.ids.tolist() == [3, 1, 8, 6, 4, 0, 7, 2, 5]
+    assert counts.ids[counts.number].tolist() == list(range(9))
+    assert counts.vocabulary == Vocabulary(3, (3, 6, 9))
+    assert CountsConfig(frequent=3, groups=2).candidates(9) == counts.vocabulary.candidates == 6
+    assert CountsConfig().candidates(9) == counted([stream], 9, CountsConfig(order=2), CPU).vocabulary.candidates == 9
+
+
+def test_a_sampled_loss_is_on_average_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Σ exp of the logits is, on average over the groups, that of all tokens, and so is what the counts expect; its
+    logarithm is a little less, by how far the groups differ."""
+    monkeypatch.setattr("leanseek.ops.expected.LIKELY", 2.0)  # nothing but targets is asked for
+    sampled = case(200, 6, CountsConfig(order=3, frequent=20, groups=3))
+    # Logits that tell the many tokens of a group apart as little as a model does: of the order of what they differ by.
+    sampled = sampled._replace(weight=0.03 * sampled.weight)
+    turns = []
+    for turn in range(3):
+        monkeypatch.setattr("leanseek.ops.expected.count", lambda _, begin=turn: itertools.count(begin))
+        turns.append(sampled.told(0.6))
+    averages = [torch.stack(each).mean(0) for each in zip(*turns, strict=True)]
+    for found, wanted in zip(averages, sampled.wanted(0.6), strict=True):
+        assert (found - wanted).norm() < 5e-3 * wanted.norm()
+    for found, wanted in zip(turns[0][1:], sampled.wanted(0.6)[1:], strict=True):
+        assert (found - wanted).norm() > 5e-2 * wanted.norm()  # one turn alone is no oracle for itself
+
+
+def test_what_counts_expect_is_among_the_candidates() -> None:
+    """A model that has learnt the counts is sure of what they are sure of: sampled, that must not be missed."""
+    sampled = case(200, 6, CountsConfig(order=3, frequent=20, groups=3))
+    expected = sampled.counts.expected(sampled.ids)
+    likely = set(expected.tokens[expected.shares >= LIKELY].tolist())
+    asked: list[set[int]] = []
+    whole_of = Vocabulary.of
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Vocabulary, "of", lambda *given: asked.append(set(given[1].tolist())) or whole_of(*given))
+        sampled.told(0.5)
+    assert len(likely - set(range(20))) > 10
+    assert likely <= set.union(*asked)
+
+
+def test_a_sampled_run_costs_fewer_flops_and_learns_as_well(tmp_path: Path) -> None:
+    data = make_data(tmp_path)
+    whole, sampled = (
+        pretrain(read_recipe(str(RECIPE), (*ASKED, "train.tokens=8192", *more)), data, tmp_path / str(len(more)))
+        for more in ((), ("counts.frequent=128", "counts.groups=2"))
+    )
+    vocabulary = read_recipe(str(RECIPE)).model.vocab_size
+    saved = 6 * read_recipe(str(RECIPE)).model.hidden_size * (vocabulary - 128) / 2
+    assert whole["flops"] - sampled["flops"] == pytest.approx(8192 * saved, rel=2e-2)
+    assert sampled["bpb"] == pytest.approx(whole["bpb"], rel=1e-2)
 
 
 def test_a_step_learns_from_counts_and_tells_of_the_text() -> None:
@@ -152,8 +237,7 @@ def test_a_step_learns_from_counts_and_tells_of_the_text() -> None:
     config = read_recipe(str(RECIPE), ("train.balance_loss_alpha=0", "optimizer.name=adamw"))
     vocabulary = config.model.vocab_size
     stream = text(vocabulary, 5000, 2)
-    ngrams = count([stream], vocabulary, 3, math.inf)
-    counts = Counts(ngrams, torch.from_numpy(ngrams.base))
+    counts = counted([stream], vocabulary, CountsConfig(order=3), CPU)
     ids, targets = (torch.from_numpy(stream[100 + i : 184 + i].copy()).view(7, 12) for i in (0, 1))
     targets = torch.where(torch.rand(7, 12, generator=torch.Generator().manual_seed(4)) < 0.2, IGNORE, targets)
     now = Knobs(learning_rate=0.0, batch_tokens=1, bias_speed=0.0, mtp_weight=0.3, count_weight=0.6)
@@ -172,7 +256,7 @@ def test_a_step_learns_from_counts_and_tells_of_the_text() -> None:
     hidden = twin(ids, places)
     assert twin.lm_head is not None
     logp = (hidden[valid] @ twin.lm_head.weight.T).log_softmax(-1)
-    q = torch.from_numpy(dense(ngrams, ngrams.after(ids.numpy()))).view(7, 12, -1)[valid]
+    q = expectations(counts, ids.numpy()).view(7, 12, -1)[valid]
     plain = -logp.gather(1, targets[valid][:, None]).sum() / valid.sum()
     (further,) = twin.predict_further(hidden, ids, places)
     wanted = targets[:, 1:]
@@ -227,7 +311,8 @@ def test_counts_know_the_ends_of_documents(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(data.tokenizer_folder)
     counts = counts_of(read_recipe(str(RECIPE), ASKED), data, tokenizer, torch.device("cpu"))
     assert counts is not None
-    assert counts.ngrams.base[tokenizer.eos_id].argmax() == tokenizer.bos_id
+    after_end = counts.ngrams.base[counts.number[tokenizer.eos_id]]
+    assert counts.ids[after_end.argmax()] == tokenizer.bos_id
 
 
 def test_what_cannot_go_with_counts_is_refused() -> None:
@@ -235,6 +320,8 @@ def test_what_cannot_go_with_counts_is_refused() -> None:
         (("schedule.count_weight=[{until=1.0,value=0.5}]",), "nothing to weigh"),
         (("counts.order=3", "schedule.count_weight=[{until=1.0,value=1.5}]"), "at most 1"),
         (("counts.order=1",), "counts.order"),
+        (("counts.frequent=0",), "counts.frequent"),
+        (("counts.groups=1",), "counts.groups"),
         (("counts.order=3", "mesh.pp=2"), "whole rows"),
         (("counts.order=3", "teacher.run=somewhere"), "no teacher"),
     ):

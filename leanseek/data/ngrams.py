@@ -3,7 +3,6 @@
 V vocabulary · n order · C contexts · P pairs of a context and a token seen after it · N places asked about.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -75,20 +74,13 @@ class NGrams:
         return Followers(row, room, first, tokens, shares)
 
 
-def count(documents: Iterable[NDArray[np.integer]], vocabulary: int, longest: int, most_tokens: float) -> NGrams:
-    """Counts documents, each with its BOS and EOS, up to so many tokens, and n-grams of up to `longest` tokens.
+def count(stream: NDArray[np.int64], vocabulary: int, longest: int) -> NGrams:
+    """Counts n-grams of up to `longest` tokens of a stream, in which documents have their BOS and EOS.
 
     Sorting is all the work: seconds for ten million tokens. Raises BadInput where an n-gram's number does not fit.
     """
     if vocabulary**longest > 1 << 63:
         raise BadInput(f"counts.order: {longest} tokens out of {vocabulary} do not fit in a number: take fewer")
-    text, taken = [], 0
-    for ids in documents:
-        if taken >= most_tokens:
-            break
-        text.append(ids)
-        taken += len(ids)
-    stream = np.concatenate(text).astype(np.int64)
     longer: list[Order] = []
     grams, times = np.unique(_numbers(stream, longest, vocabulary), return_counts=True)
     for n in range(longest, 1, -1):

@@ -5,7 +5,6 @@ N tokens · D width · V vocabulary · k likeliest tokens. A target of IGNORE ad
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,13 +22,13 @@ def losses_and_error(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[T
     valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
     if not gradient:
         return ((wide.logsumexp(dim=-1, keepdim=True) - wide.gather(1, index)) * valid).squeeze(1), logits
-    total, error = _total_and_softmax(wide)
+    total, error = total_and_softmax(wide)
     losses = ((total - wide.gather(1, index)) * valid).squeeze(1)
     error.scatter_add_(1, index, wide.new_full(index.shape, -1.0)).mul_(valid)
     return losses, error.to(logits.dtype)
 
 
-def _total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+def total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log Σ exp of each row [n, 1] and its softmax [n, V], with one exponential for both: what the softmax makes of the
     largest logit, which it cannot make small, says what it divided by."""
     softmax = logits.softmax(dim=-1)
@@ -37,7 +36,8 @@ def _total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 LossesAndError = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
-OfRows = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor]]  # logits [n, V], which rows they are of, gradient
+OfLogits = Callable[[Tensor, bool], tuple[Tensor, Tensor]]  # losses [n] and error [n, S] of logits [n, S]
+OfRows = Callable[[slice], tuple[Tensor | None, OfLogits]]  # of which ids [S] some rows need the logits; None: all
 
 
 def linear_cross_entropy(
@@ -48,7 +48,7 @@ def linear_cross_entropy(
     hidden [N, D], weight [V, D], targets [N]. Works through the rows in pieces and takes each piece's gradient while
     its logits are at hand, so that memory does not grow with N·V and nothing is computed twice.
     """
-    return _HeadLoss.apply(hidden, weight, lambda logits, rows, gradient: of_logits(logits, targets[rows], gradient))
+    return head_loss(hidden, weight, lambda rows: (None, lambda logits, grad: of_logits(logits, targets[rows], grad)))
 
 
 @torch.no_grad()
@@ -114,7 +114,9 @@ def linear_divergence(hidden: Tensor, weight: Tensor, ids: Tensor, logprobs: Ten
     the known ones leave: a bound from below of the divergence over all of them, which is 0 where the two agree, and
     the divergence itself when k is V. Were p made to sum to one over its k, the student would learn to close the rest.
     """
-    return _HeadLoss.apply(hidden, weight, lambda logits, rows, _: _divergence(logits, ids[rows], logprobs[rows]))
+    return head_loss(
+        hidden, weight, lambda rows: (None, lambda logits, _: _divergence(logits, ids[rows], logprobs[rows]))
+    )
 
 
 def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,82 +134,47 @@ def _divergence(logits: Tensor, ids: Tensor, logprobs: Tensor) -> tuple[Tensor, 
     return losses, error.to(logits.dtype)
 
 
-@dataclass(frozen=True)
-class Expected:
-    """What is expected at N places: q(v | place i) = scale[i] · base[row[i], v], and more for single tokens."""
-
-    base: Tensor  # [R, V]
-    row: Tensor  # [N]
-    scale: Tensor  # [N]
-    first: Tensor  # [N + 1] where the single tokens of each place begin
-    tokens: Tensor  # [M]
-    shares: Tensor  # [M]
-
-
-def linear_expected_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, expected: Expected, share: float
-) -> Tensor:
-    """The value of `linear_cross_entropy`, with the gradient of −Σ Σᵥ r(v) log p(v) over the valid targets.
-
-    hidden [N, D], weight [V, D], targets [N]. r is the target and, `share` of it, what is expected: a run learns from
-    that, while what it tells should be comparable.
-    """
-
-    def of_rows(logits: Tensor, rows: slice, gradient: bool) -> tuple[Tensor, Tensor]:
-        return _expected_losses(logits, targets[rows], expected, rows, share)
-
-    return _HeadLoss.apply(hidden, weight, of_rows)
-
-
-def _expected_losses(
-    logits: Tensor, targets: Tensor, expected: Expected, rows: slice, share: float
-) -> tuple[Tensor, Tensor]:
-    """logits [n, V], targets [n] → the target's losses [n], and p − r [n, V]."""
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
-    first = expected.first[rows.start : rows.stop + 1]
-    place = torch.repeat_interleave(first.diff())  # [m] of each single token
-    tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
-    total, error = _total_and_softmax(wide)
-    losses = ((total - wide.gather(1, index)) * valid).squeeze(1)
-    base, scale = expected.base.index_select(0, expected.row[rows]), expected.scale[rows, None]
-    error.addcmul_(base.to(error.dtype), scale.to(error.dtype), value=-share)
-    error.view(-1).index_add_(0, place * error.shape[1] + tokens, shares.to(error.dtype), alpha=-share)
-    error.scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid)
-    return losses, error.to(logits.dtype)
+def head_loss(hidden: Tensor, weight: Tensor, of_rows: OfRows, ids: float | None = None, pieces: int = 1) -> Tensor:
+    """The sum of what `of_rows` makes of the logits of rows, in so many pieces at least, of about so many `ids` each;
+    None: of all."""
+    return _HeadLoss.apply(hidden, weight, of_rows, round(ids or weight.shape[0]), pieces)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The sum over rows of what `of_rows` makes of their logits: losses [n] and, where asked, their error [n, V]."""
-
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows, ids: int, pieces: int) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         narrow = weight.to(hidden.dtype)
         gradient = grad_hidden is not None or grad_weight is not None
-        for rows in _pieces(hidden, weight.shape[0]):
-            losses, error = of_rows(hidden[rows] @ narrow.T, rows, gradient)
+        for rows in _pieces(hidden, ids, pieces):
+            some, of_logits = of_rows(rows)
+            part = narrow if some is None else narrow.index_select(0, some)
+            losses, error = of_logits(hidden[rows] @ part.T, gradient)
             total = total + losses.sum()
             if grad_hidden is not None:
-                grad_hidden[rows] = error @ narrow
+                grad_hidden[rows] = error @ part
             if grad_weight is not None:
-                grad_weight += error.T @ hidden[rows]
+                grad = error.T @ hidden[rows]
+                if some is None:
+                    grad_weight += grad
+                else:
+                    grad_weight.index_add_(0, some, grad.to(grad_weight.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return (hidden @ weight.T).to(torch.promote_types(hidden.dtype, torch.float32))
 
 
-def _pieces(hidden: Tensor, vocabulary: int) -> list[slice]:
+def _pieces(hidden: Tensor, vocabulary: int, at_least: int = 1) -> list[slice]:
     values = min(_LOGITS_AT_ONCE, _LOGITS_IN_CACHE) if hidden.device.type == "cpu" else _LOGITS_AT_ONCE
-    rows, step = hidden.shape[0], max(1, values // vocabulary)
+    rows, step = hidden.shape[0], max(1, min(values // vocabulary, -(-hidden.shape[0] // at_least)))
     return [slice(start, min(start + step, rows)) for start in range(0, max(rows, 1), step)]

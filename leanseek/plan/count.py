@@ -164,11 +164,13 @@ def flops_per_token(
     mtp: bool = True,
     awake: int | None = None,
     mtp_length: int | None = None,
+    candidates: float | None = None,
 ) -> float:
     """Model FLOPs per token: training is forward and backward (twice the forward), else forward without MTP.
 
     In training MTP may be at rest too, while its loss has no weight, and so may be the layers beyond those `awake`; of
-    each window it may have the first `mtp_length` tokens only.
+    each window it may have the first `mtp_length` tokens only; and the main head's loss may be over so many
+    `candidates` instead of all ids.
     """
     if not training:
         return forward_flops_per_token(config, sequence_length, mtp=False)
@@ -177,6 +179,8 @@ def flops_per_token(
         length = min(mtp_length or sequence_length, sequence_length)
         both, main = (forward_flops_per_token(config, length, with_mtp, awake) for with_mtp in (True, False))
         flops += (both - main) * length / sequence_length
+    if candidates is not None:
+        flops -= 2.0 * (config.vocab_size - candidates) * config.hidden_size
     return 3.0 * flops
 
 

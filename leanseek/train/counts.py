@@ -4,9 +4,11 @@ The first thing a language model learns is which tokens follow which, and it lea
 finds the same in seconds, over more text than the run will read, and a count says of every place what may follow and
 how likely, where the text has a single token. So at first the model learns from the counts, then more and more from
 the text itself, in which there is what no count of a few tokens knows.
+
+Tokens are counted by number, the most frequent one first, so that a loss can do without most of the rare ones.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,34 +16,74 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from leanseek.config import Config
+from leanseek.config import Config, CountsConfig
 from leanseek.data.ngrams import NGrams, count
 from leanseek.data.shards import Data
 from leanseek.data.tokenizer import Tokenizer
-from leanseek.ops.loss import Expected
+from leanseek.ops.expected import Expected, Vocabulary, linear_expected_cross_entropy
+from leanseek.ops.loss import IGNORE
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counted text, its table on the model's device."""
+    """Counted text, its table on the model's device. V ids."""
 
-    ngrams: NGrams
+    ngrams: NGrams  # of numbers
     base: Tensor  # [V, V] or [1, V]
+    ids: Tensor  # [V] of each number
+    number: Tensor  # [V] of each id
+    vocabulary: Vocabulary
 
     def expected(self, ids: Tensor) -> Expected:
-        """ids [b, T] of whole rows → what may follow each of their tokens."""
-        after = self.ngrams.after(ids.cpu().numpy())
+        """ids [b, T] of whole rows → what may follow each of their tokens, in numbers."""
+        after = self.ngrams.after(self.number[ids].cpu().numpy())
         parts = after.row, after.scale, after.first, after.tokens, after.shares
         return Expected(self.base, *(torch.from_numpy(part).to(ids.device) for part in parts))
+
+    def loss(self, hidden: Tensor, weight: Tensor, ids: Tensor, targets: Tensor, share: float) -> Tensor:
+        """Cross-entropy summed over the valid targets, with the gradient of one from the counts, to that share.
+
+        hidden [b, T, D], weight [V, D] of the head, ids and targets [b, T].
+        """
+        numbers = torch.where(targets == IGNORE, IGNORE, self.number[targets.clamp(min=0)])
+        return linear_expected_cross_entropy(
+            hidden.flatten(0, 1),
+            weight.index_select(0, self.ids),
+            numbers.flatten(),
+            self.expected(ids),
+            share,
+            self.vocabulary,
+        )
 
 
 def counts_of(config: Config, data: Data, tokenizer: Tokenizer, device: torch.device) -> Counts | None:
     """The counts that a configuration asks for; None where it asks for none. Raises BadInput where they do not fit."""
     if config.counts is None:
         return None
-    asked = config.counts
-    ngrams = count(_documents(data, tokenizer), config.model.vocab_size, asked.order, asked.tokens)
-    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device))
+    return counted(_documents(data, tokenizer), config.model.vocab_size, config.counts, device)
+
+
+def counted(
+    documents: Iterable[NDArray[np.integer]], vocab_size: int, config: CountsConfig, device: torch.device
+) -> Counts:
+    """Counts of documents, each with its BOS and EOS. Raises BadInput."""
+    text, taken = [], 0
+    for document in documents:
+        if taken >= config.tokens:
+            break
+        text.append(document)
+        taken += len(document)
+    stream = np.concatenate(text).astype(np.int64)
+    ids = np.argsort(-np.bincount(stream, minlength=vocab_size), kind="stable")
+    frequent = vocab_size if config.frequent is None else min(config.frequent, vocab_size)
+    groups = [ids[frequent + k :: config.groups] for k in range(config.groups)] if frequent < vocab_size else []
+    ids = np.concatenate((ids[:frequent], *groups))
+    begins = np.cumsum([frequent, *map(len, groups)]).tolist()
+    number = np.empty_like(ids)
+    number[ids] = np.arange(vocab_size)
+    ngrams = count(number[stream], vocab_size, config.order)
+    base, of_number, of_id = (torch.from_numpy(each).to(device) for each in (ngrams.base, ids, number))
+    return Counts(ngrams, base, of_number, of_id, Vocabulary(frequent, tuple(begins)))
 
 
 def _documents(data: Data, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer]]:

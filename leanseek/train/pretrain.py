@@ -20,10 +20,10 @@ from leanseek.eval.bpb import Share, bits_per_byte
 from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.parallel.pipeline import Pipeline
-from leanseek.plan.count import flops_per_token
 from leanseek.train.counts import counts_of
+from leanseek.train.grow import flops_of_kind
 from leanseek.train.loop import cpu_seconds
-from leanseek.train.schedule import Knobs
+from leanseek.train.schedule import Knobs, kind_of_token
 from leanseek.train.setup import build, take_up, train_and_bill
 from leanseek.train.step import train_step
 from leanseek.train.teacher import check_teacher, teacher_of
@@ -91,10 +91,8 @@ def train_on(
         return bits_per_byte(scorer, documents, length, tokenizer.bos_id, share=share_of(ranks)).bpb
 
     def flops(stage: int, now: Knobs) -> float:
-        length = config.stages[stage].sequence_length
-        cut = config.train.mtp_length
-        own = flops_per_token(config.model, length, mtp=now.mtp_weight > 0, awake=now.layers, mtp_length=cut)
-        return own + (teacher.flops_per_token(length) if teacher is not None else 0.0)
+        own = flops_of_kind(config, kind_of_token(config, stage, now))
+        return own + (teacher.flops_per_token(config.stages[stage].sequence_length) if teacher is not None else 0.0)
 
     reads = max(max(loader.epochs(i, loader.samples(i)).values()) for i in range(len(config.stages)))
     of_text = f"the text read {reads:.1f} times" if reads > 1 else f"{reads:.0%} of the text"

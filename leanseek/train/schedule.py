@@ -90,9 +90,13 @@ def kinds_of_tokens(config: Config) -> dict[Kind, float]:
     schedule = config.schedule.model_copy(update={"batch_tokens": batches})
     for i in range(PLACES):
         at = (i + 0.5) / PLACES
-        now = knobs(schedule, budget * at, budget)
-        mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
         stage = min(sum(end <= at for end in ends), len(ends) - 1)
-        counted = config.counts is not None and now.count_weight > 0
-        found[Kind(stage, mtp, counted, now.layers, now.batch_tokens)] += 1
+        found[kind_of_token(config, stage, knobs(schedule, budget * at, budget))] += 1
     return {kind: times / PLACES for kind, times in found.items()}
+
+
+def kind_of_token(config: Config, stage: int, now: Knobs) -> Kind:
+    """The kind of the tokens of a stage at a place of the schedule."""
+    mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
+    counted = config.counts is not None and now.count_weight > 0
+    return Kind(stage, mtp, counted, now.layers, now.batch_tokens)

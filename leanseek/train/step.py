@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from leanseek.config import BadInput, Config
 from leanseek.model.moe import Router, max_violation, updated_bias
 from leanseek.model.transformer import Transformer
-from leanseek.ops.loss import IGNORE, linear_cross_entropy, linear_divergence, linear_expected_cross_entropy
+from leanseek.ops.loss import IGNORE, linear_cross_entropy, linear_divergence
 from leanseek.parallel.apply import before_micro_batch
 from leanseek.parallel.context import Context, context_of
 from leanseek.parallel.mesh import ALONE, Ranks
@@ -279,8 +279,7 @@ def loss_sums(
         hidden = model(ids, positions, segments)
         if counts is not None:
             assert model.lm_head is not None
-            main = hidden.flatten(0, 1), model.lm_head.weight, targets.flatten()
-            loss = linear_expected_cross_entropy(*main, counts.expected(ids), count_weight)
+            loss = counts.loss(hidden, model.lm_head.weight, ids, targets, count_weight)
             rows = Rows(ids, targets, positions, segments).beginnings(mtp_length)
             return [loss, *_further_losses(model, hidden, rows)]
         losses = losses_of(model, hidden, ids, targets, positions, segments, mtp_length)
