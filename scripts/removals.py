@@ -29,6 +29,8 @@ REMOVED: dict[str, tuple[str, ...]] = {
     ),
     "no counts": ("schedule.count_weight=[{until=1.0,value=0.0}]",),
     "counts of three tokens": ("counts.order=3",),
+    "all ids in every loss": ("counts.frequent=none",),
+    "weight decay 0.1": ("optimizer.weight_decay=0.1",),
     "all layers from the start": ("schedule.layers=[]",),
     "batches of 4,096 from the start": ("schedule.batch_tokens=[{until=1.0,value=4096}]",),
     "rows of 256 from the start": ("stages=[{sequence_length=256}]", "train.micro_batch=16"),

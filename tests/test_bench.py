@@ -1,6 +1,7 @@
 """The ledger: its controls by closed forms and a slow twin, its queue by interruption, its score by hand."""
 
 import io
+import itertools
 import json
 import math
 import os
@@ -43,6 +44,7 @@ from leanseek.config import BadInput, Config, read_recipe
 from leanseek.data.shards import Data, open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.eval.bpb import bits_per_byte
+from leanseek.ops.loss import linear_cross_entropy
 from leanseek.plan.count import cache_bytes_per_token, parameters
 from leanseek.train.schedule import Kind, knobs
 from scripts.removals import HALF, REMOVED, WHOLE, Ran, table
@@ -131,6 +133,38 @@ def test_a_control_begins_at_the_loss_of_knowing_nothing(data: Data, kind: Any, 
     loss = controls.train_step(model, optimizers, ids, targets, 0.0, control)
     # A zero head is exact; logits of width 32 and weights of 0.02 have a variance of 0.0128, which costs half of it.
     assert loss == pytest.approx(math.log(320), abs=1e-3 if kind == "best" else 0.03)
+
+
+def test_a_sampled_control_learns_what_a_whole_one_does(data: Data) -> None:
+    """With groups of tokens that hardly differ in their logits the gradient is, on average over the turns, the same."""
+    control = Control("best", TOKENS, 0.0, 256, **SMALL, sampled=1.0, frequent=64, groups=2)
+    windows = Windows(data, 32, 0)
+    _, targets = windows.batch("best", 0, 0, 8)
+    sampled = controls.Sampled(control, windows.stream)
+    torch.manual_seed(0)
+    hidden = torch.randn(256, 32, dtype=torch.float64)
+    weight = (0.02 * torch.randn(320, 32, dtype=torch.float64)).requires_grad_()
+    whole = torch.autograd.grad(linear_cross_entropy(hidden, weight, targets.flatten()), weight)[0]
+    found = []
+    for turn in range(2):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("leanseek.ops.sampled.count", lambda _, begin=turn: itertools.count(begin))
+            found.append(torch.autograd.grad(sampled(hidden, weight, targets.flatten()), weight)[0])
+    assert ((found[0] + found[1]) / 2 - whole).norm() < 5e-3 * whole.norm()
+    assert (found[0] - whole).norm() > 1e-2 * whole.norm()
+    assert controls.flops_per_token(replace(control, sampled=0.5)) == pytest.approx(
+        (controls.flops_per_token(control) + controls.flops_per_token(replace(control, sampled=0.0))) / 2
+    )
+    assert controls.flops_per_token(replace(control, sampled=0.0)) - controls.flops_per_token(control) == 6 * 128 * 32
+
+
+def test_the_last_steps_of_a_control_have_the_whole_softmax(data: Data, tmp_path: Path) -> None:
+    control = Control("best", 256 * 8, 1e-2, 256, **SMALL, sampled=0.75, frequent=64, groups=2)
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(controls, "train_step", lambda *them: given.append(them[-1]) or 0.0)
+        controls.train(control, "fp32", 0, data, tmp_path / "run", 1, scored_tokens=100)
+    assert [loss is linear_cross_entropy for loss in given] == [False] * 6 + [True] * 2
 
 
 def slow_ordinary(model: Ordinary, ids: list[int]) -> Tensor:

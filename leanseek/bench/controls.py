@@ -2,14 +2,16 @@
 
 `ordinary` is the common way to pre-train a small model: GPT-2's block as nanoGPT trains it. `best` is the public
 speedruns' practice at this size: RoPE, RMSNorm and QK-norm without weights, squared ReLU, value embeddings, zero-
-initialised outputs, Muon, and a learning rate that is constant and then falls to zero. Both keep FP32 weights and a
-FP32 residual stream around matmuls of `dtype`, and share our attention and loss kernels.
+initialised outputs, Muon, and a learning rate that is constant and then falls to zero; and our sampled softmax, which
+it gains as much by as we do. Both keep FP32 weights and a FP32 residual stream around matmuls of `dtype`, and share our
+attention and loss kernels.
 
 B windows · T tokens · D width · H heads · V vocabulary.
 """
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -30,6 +32,7 @@ from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.transformer import Transformer
 from leanseek.ops.attention import attention
 from leanseek.ops.loss import linear_cross_entropy
+from leanseek.ops.sampled import by_frequency, sampled_cross_entropy
 from leanseek.train.optim import Muon
 from leanseek.train.pretrain import validation_documents
 
@@ -57,6 +60,11 @@ class Control:
     embedding_rate: float = 20.0  # best: rates of embeddings and head over that of the matrices
     head_rate: float = 1.0
     windows_at_once: int = 16  # of a pass; the batch is reached by accumulation
+    sampled: float = (
+        0.0  # share of the steps in which the softmax is sampled: of so many ids, and a group of the others
+    )
+    frequent: int = 2048
+    groups: int = 4
 
     @property
     def steps(self) -> int:
@@ -244,7 +252,8 @@ def parameter_count(control: Control) -> int:
 
 def flops_per_token(control: Control) -> float:
     """Training FLOPs as `plan/count.py` counts them: six per weight of a matmul, and the causal half of attention."""
-    weights = control.layers * 12 * control.width**2 + control.vocab_size * control.width
+    sampled = control.sampled * (1 - 1 / control.groups) * max(control.vocab_size - control.frequent, 0)
+    weights = control.layers * 12 * control.width**2 + (control.vocab_size - sampled) * control.width
     mixing = control.layers * 2 * control.width * (control.context + 1) / 2
     return 6.0 * (weights + mixing)
 
@@ -274,14 +283,32 @@ class Windows:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
+class Sampled:
+    """The head's loss over part of the vocabulary, by how often its tokens come in the text."""
+
+    def __init__(self, control: Control, stream: NDArray[np.integer]) -> None:
+        times = torch.from_numpy(np.bincount(stream, minlength=control.vocab_size))
+        self.ids, self.vocabulary = by_frequency(times, control.frequent, control.groups)
+        self.number = self.ids.argsort()
+
+    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return sampled_cross_entropy(hidden, weight.index_select(0, self.ids), self.number[targets], self.vocabulary)
+
+
 def train_step(
-    model: Ordinary | Best, optimizers: list[Optimizer], ids: Tensor, targets: Tensor, rate: float, control: Control
+    model: Ordinary | Best,
+    optimizers: list[Optimizer],
+    ids: Tensor,
+    targets: Tensor,
+    rate: float,
+    control: Control,
+    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy,
 ) -> float:
     """One update from ids and targets [B, T] of the whole batch; returns the mean loss in nats."""
     positions, total = torch.arange(ids.shape[1]), 0.0
     for some, wanted in zip(ids.split(control.windows_at_once), targets.split(control.windows_at_once), strict=True):
         hidden = model(some, positions.expand_as(some))
-        loss = linear_cross_entropy(hidden.flatten(0, 1), model.lm_head.weight, wanted.flatten()) / targets.numel()
+        loss = loss_of(hidden.flatten(0, 1), model.lm_head.weight, wanted.flatten()) / targets.numel()
         loss.backward()
         total += loss.item()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -312,6 +339,7 @@ def train(
     windows = Windows(data, control.context, bos_id)
     documents = validation_documents(data, scored_tokens)
     model, optimizers = build(control, dtype, seed)
+    sampled = Sampled(control, windows.stream) if control.sampled else linear_cross_entropy
     at: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": math.nan, "curve": []}
     with checkpoint.lock(run):
         if newest := checkpoint.newest(run, print):
@@ -324,7 +352,9 @@ def train(
             cpu = time.process_time()
             count = control.batch_tokens // control.context
             ids, targets = windows.batch(control.kind, seed, at["step"], count)
-            at["loss"] = train_step(model, optimizers, ids, targets, learning_rate(control, at["step"]), control)
+            loss_of = sampled if at["step"] < control.sampled * steps else linear_cross_entropy
+            rate = learning_rate(control, at["step"])
+            at["loss"] = train_step(model, optimizers, ids, targets, rate, control, loss_of)
             per_step.append(time.process_time() - cpu)
             at["step"] += 1
             if at["step"] in marks:

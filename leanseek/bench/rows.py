@@ -46,10 +46,13 @@ ROWS = (
     ),
     Row(
         BEST,
-        "dense model with the speedruns' practice: QK-norm, squared ReLU, value embeddings, Muon, decay to zero",
-        3_500_000,
+        "dense model with the speedruns' practice: QK-norm, squared ReLU, value embeddings, Muon, decay to zero; and "
+        "with our long decay and sampled softmax",
+        3_300_000,
         (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2),
-        Control("best", 3_500_000, 1.6e-2, 4096, vocab_size=6144, layers=3, width=128, heads=2),
+        Control(
+            "best", 3_300_000, 1.6e-2, 4096, vocab_size=6144, layers=3, width=128, heads=2, decay=0.7, sampled=0.85
+        ),
     ),
     Row(
         "faithful-v3",
@@ -63,6 +66,7 @@ ROWS = (
             *("model.vocab_size=4096", "model.embedding_shares=false", "model.value_embeddings=false"),
             *("train.micro_batch=16", "train.init_std=0.02", "train.embedding_std=none", "train.zero_outputs=false"),
             *("train.mtp_length=none", "optimizer.beta1=0.9", "optimizer.embedding_rate=1", "counts=none"),
+            "optimizer.weight_decay=0.1",
             *("stages=[{sequence_length=256}]", "schedule.layers=[]", "schedule.count_weight=[{until=1.0, value=0.0}]"),
             'optimizer.name="adamw"',
             "schedule.learning_rate=[{until=0.02, value=2e-3, shape='linear'}, {until=0.676, value=2e-3}, "
@@ -73,6 +77,13 @@ ROWS = (
         ),
     ),
     Row(OURS, "LeanSeek's recipe nano, as shipped", 2_200_000, recipe="nano"),
+    Row(
+        "nano-dense",
+        "nano with dense FFNs in place of its experts: what its method is worth without them",
+        2_200_000,
+        recipe="nano",
+        overrides=("model.first_k_dense_replace=3",),
+    ),
 )
 
 

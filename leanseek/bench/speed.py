@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -44,9 +45,14 @@ def measure_speed(
 def speed_of(row: Row, folder: Path, dtype: str, steps: int = SPEED_STEPS) -> float:
     """CPU-seconds per token of a row, from short runs in processes of their own, their first steps left out.
 
-    A recipe's kinds of tokens are measured one by one, and weighted.
+    A recipe's kinds of tokens are measured one by one, and weighted; so are those of a control that are of a sampled
+    softmax, and the others.
     """
-    kinds = {Kind(): 1.0} if row.control else kinds_of_tokens(config_of(row, row.tokens, None, 0))
+    if row.control is None:
+        kinds = kinds_of_tokens(config_of(row, row.tokens, None, 0))
+    else:
+        shares = {Kind(counted=True): row.control.sampled, Kind(): 1 - row.control.sampled}
+        kinds = {kind: share for kind, share in shares.items() if share}
 
     def timed(kind: Kind) -> float:
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
@@ -74,7 +80,7 @@ def _short_run(row: Row, folder: Path, dtype: str, steps: int, kind: Kind) -> fl
     try:
         with silence():
             if row.control:
-                control = control_of(row, row.tokens, None)
+                control = replace(control_of(row, row.tokens, None), sampled=float(kind.counted))
                 data = open_data(folder, verify=False)
                 ended = controls.train(control, dtype, 0, data, run, 1, most_steps=steps)
                 return median(ended["step_cpu_seconds"][warm_up:]) / control.batch_tokens

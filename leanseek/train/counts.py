@@ -20,8 +20,8 @@ from leanseek.config import Config, CountsConfig
 from leanseek.data.ngrams import NGrams, count
 from leanseek.data.shards import Data
 from leanseek.data.tokenizer import Tokenizer
-from leanseek.ops.expected import Expected, Vocabulary, linear_expected_cross_entropy
 from leanseek.ops.loss import IGNORE
+from leanseek.ops.sampled import Expected, Vocabulary, by_frequency, sampled_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,8 @@ class Counts:
         hidden [b, T, D], weight [V, D] of the head, ids and targets [b, T].
         """
         numbers = torch.where(targets == IGNORE, IGNORE, self.number[targets.clamp(min=0)])
-        return linear_expected_cross_entropy(
-            hidden.flatten(0, 1),
-            weight.index_select(0, self.ids),
-            numbers.flatten(),
-            self.expected(ids),
-            share,
-            self.vocabulary,
-        )
+        main = hidden.flatten(0, 1), weight.index_select(0, self.ids), numbers.flatten()
+        return sampled_cross_entropy(*main, self.vocabulary, self.expected(ids), share)
 
 
 def counts_of(config: Config, data: Data, tokenizer: Tokenizer, device: torch.device) -> Counts | None:
@@ -74,16 +68,11 @@ def counted(
         text.append(document)
         taken += len(document)
     stream = np.concatenate(text).astype(np.int64)
-    ids = np.argsort(-np.bincount(stream, minlength=vocab_size), kind="stable")
-    frequent = vocab_size if config.frequent is None else min(config.frequent, vocab_size)
-    groups = [ids[frequent + k :: config.groups] for k in range(config.groups)] if frequent < vocab_size else []
-    ids = np.concatenate((ids[:frequent], *groups))
-    begins = np.cumsum([frequent, *map(len, groups)]).tolist()
-    number = np.empty_like(ids)
-    number[ids] = np.arange(vocab_size)
-    ngrams = count(number[stream], vocab_size, config.order)
-    base, of_number, of_id = (torch.from_numpy(each).to(device) for each in (ngrams.base, ids, number))
-    return Counts(ngrams, base, of_number, of_id, Vocabulary(frequent, tuple(begins)))
+    times = torch.from_numpy(np.bincount(stream, minlength=vocab_size))
+    ids, vocabulary = by_frequency(times, config.frequent or vocab_size, config.groups)
+    number = ids.argsort()
+    ngrams = count(number.numpy()[stream], vocab_size, config.order)
+    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device), ids.to(device), number.to(device), vocabulary)
 
 
 def _documents(data: Data, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer]]:

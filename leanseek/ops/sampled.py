@@ -1,16 +1,15 @@
-"""The output head's loss from what is expected at a place rather than from the one token that came; of part of the
-vocabulary, for a part of the work.
+"""The output head's loss for part of its work, and from more than the one token that came.
 
-Sampled softmax (Jean et al. 2015, arXiv 1412.2007): a row's loss needs the logits of the tokens that could have come,
-and the others only as a sum, to which a part of them stands for all. Of most of those that could have come the counts
-know beforehand.
+Sampled softmax (Jean et al. 2015, arXiv 1412.2007): a loss needs the logits of the tokens that could have come, and the
+others only as a sum, to which a part of them stands for all. Where it is known beforehand what may come, as counts of
+the text know, that is a target too, and says which tokens the part must not lack.
 
 N places · D width · V vocabulary · S candidates of a piece of n places. Tokens are numbered by how often they come.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import accumulate, count
 from typing import NamedTuple
 
 import torch
@@ -95,14 +94,32 @@ class Vocabulary:
         return Candidates(tokens, column, times, frequent, group)
 
 
-def linear_expected_cross_entropy(
-    hidden: Tensor, weight: Tensor, targets: Tensor, expected: Expected, share: float, vocabulary: Vocabulary
+def by_frequency(times: Tensor, frequent: int, groups: int) -> tuple[Tensor, Vocabulary]:
+    """The ids [V] of all numbers, and how they are taken: times [V] says how often each id comes.
+
+    Each group has every so manieth of the others, so that all are alike. With `frequent` as many as there are ids, or
+    more, there are none.
+    """
+    ids = times.argsort(descending=True, stable=True)
+    if frequent >= len(ids):
+        return ids, Vocabulary(len(ids), (len(ids),))
+    parts = [ids[:frequent], *(ids[frequent + k :: groups] for k in range(groups))]
+    return torch.cat(parts), Vocabulary(frequent, tuple(accumulate(map(len, parts))))
+
+
+def sampled_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    vocabulary: Vocabulary,
+    expected: Expected | None = None,
+    share: float = 0.0,
 ) -> Tensor:
     """The value of `linear_cross_entropy`, with the gradient of −Σ Σᵥ r(v) log p(v) over the valid targets.
 
-    hidden [N, D], weight [V, D], targets [N]. r is the target and, `share` of it, what is expected: a run learns from
-    that, while what it tells should be comparable. Where the vocabulary has groups, both are estimates: on average over
-    the groups Σ exp of the logits is what it is over all tokens.
+    hidden [N, D], weight [V, D], targets [N], all in numbers. r is the target and, `share` of it, what is expected: a
+    run learns from that, while what it tells should be comparable. Where the vocabulary has groups, both are estimates:
+    on average over the groups Σ exp of the logits is what it is over all tokens.
     """
     # Another group begins in every batch, the same one when a batch is seen again.
     turns = count(int(targets.sum()))
@@ -110,10 +127,13 @@ def linear_expected_cross_entropy(
     def of_rows(rows: slice) -> tuple[Tensor | None, OfLogits]:
         wanted = targets[rows]
         valid = wanted != IGNORE
-        first = expected.first[rows.start : rows.stop + 1]
-        place = torch.repeat_interleave(first.diff())  # [m] of each single token
-        tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
-        found = vocabulary.of(torch.cat((wanted[valid], tokens[shares >= LIKELY])), next(turns))
+        asked = wanted[valid]
+        if expected is not None:
+            first = expected.first[rows.start : rows.stop + 1]
+            place = torch.repeat_interleave(first.diff())  # [m] of each single token
+            tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
+            asked = torch.cat((asked, tokens[shares >= LIKELY]))
+        found = vocabulary.of(asked, next(turns))
 
         def of_logits(logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
             """logits [n, S] → the target's losses [n], and p − r [n, S]."""
@@ -122,14 +142,15 @@ def linear_expected_cross_entropy(
                 wide.add_(found.times.log())
             index = found.column[wanted.clamp(min=0)][:, None]
             total, error = total_and_softmax(wide)
-            losses = ((total - wide.gather(1, index)).squeeze(1)) * valid
-            scale = -share * expected.scale[rows, None].to(error.dtype)
-            for columns, part in found.of_base(expected.base, expected.row[rows]):
-                error[:, columns].addcmul_(part.to(error.dtype), scale)
-            column = found.column[tokens]
-            of_single = shares * found.times[column] * (column >= 0)
-            at = place * error.shape[1] + column.clamp(min=0)
-            error.view(-1).index_add_(0, at, of_single.to(error.dtype), alpha=-share)
+            losses = (total - wide.gather(1, index)).squeeze(1) * valid
+            if expected is not None:
+                scale = -share * expected.scale[rows, None].to(error.dtype)
+                for columns, part in found.of_base(expected.base, expected.row[rows]):
+                    error[:, columns].addcmul_(part.to(error.dtype), scale)
+                column = found.column[tokens]
+                of_single = shares * found.times[column] * (column >= 0)
+                at = place * error.shape[1] + column.clamp(min=0)
+                error.view(-1).index_add_(0, at, of_single.to(error.dtype), alpha=-share)
             error.scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid[:, None])
             return losses, error.to(logits.dtype)
 
