@@ -312,8 +312,8 @@ class CountsConfig(Section):
 
     order: int = Field(4, ge=2)  # tokens of the longest n-gram
     tokens: int = Field(20_000_000, gt=0)  # of the text that are counted at most
-    # Sampled softmax while counts teach: the loss is over the most frequent ids and one group of the others, in turn;
-    # none: over all
+    # Sampled softmax while counts teach: the loss is over the most frequent ids, one group of the others in turn, and
+    # what must not be missing (`ops/sampled.py`); none: over all.
     frequent: int | None = Field(None, gt=0)
     groups: int = Field(4, gt=1)
 

@@ -1,7 +1,6 @@
 """The ledger: its controls by closed forms and a slow twin, its queue by interruption, its score by hand."""
 
 import io
-import itertools
 import json
 import math
 import os
@@ -140,7 +139,7 @@ def test_a_sampled_control_learns_what_a_whole_one_does(data: Data) -> None:
     control = Control("best", TOKENS, 0.0, 256, **SMALL, sampled=1.0, frequent=64, groups=2)
     windows = Windows(data, 32, 0)
     _, targets = windows.batch("best", 0, 0, 8)
-    sampled = controls.Sampled(control, windows.stream)
+    sampled = controls.sampled_loss(control, windows.stream)
     torch.manual_seed(0)
     hidden = torch.randn(256, 32, dtype=torch.float64)
     weight = (0.02 * torch.randn(320, 32, dtype=torch.float64)).requires_grad_()
@@ -148,7 +147,7 @@ def test_a_sampled_control_learns_what_a_whole_one_does(data: Data) -> None:
     found = []
     for turn in range(2):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("leanseek.ops.sampled.count", lambda _, begin=turn: itertools.count(begin))
+            patch.setattr("leanseek.ops.sampled.first_turn", lambda _, begin=turn: begin)
             found.append(torch.autograd.grad(sampled(hidden, weight, targets.flatten()), weight)[0])
     assert ((found[0] + found[1]) / 2 - whole).norm() < 5e-3 * whole.norm()
     assert (found[0] - whole).norm() > 1e-2 * whole.norm()

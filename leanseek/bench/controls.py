@@ -2,9 +2,8 @@
 
 `ordinary` is the common way to pre-train a small model: GPT-2's block as nanoGPT trains it. `best` is the public
 speedruns' practice at this size: RoPE, RMSNorm and QK-norm without weights, squared ReLU, value embeddings, zero-
-initialised outputs, Muon, and a learning rate that is constant and then falls to zero; and our sampled softmax, which
-it gains as much by as we do. Both keep FP32 weights and a FP32 residual stream around matmuls of `dtype`, and share our
-attention and loss kernels.
+initialised outputs, Muon, and a learning rate that is constant and then falls to zero; and our sampled softmax. Both
+keep FP32 weights and a FP32 residual stream around matmuls of `dtype`, and share our attention and loss kernels.
 
 B windows · T tokens · D width · H heads · V vocabulary.
 """
@@ -13,7 +12,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -60,9 +59,8 @@ class Control:
     embedding_rate: float = 20.0  # best: rates of embeddings and head over that of the matrices
     head_rate: float = 1.0
     windows_at_once: int = 16  # of a pass; the batch is reached by accumulation
-    sampled: float = (
-        0.0  # share of the steps in which the softmax is sampled: of so many ids, and a group of the others
-    )
+    # Share of the steps in which the softmax is sampled: over the most frequent ids, and one group of the others.
+    sampled: float = 0.0
     frequent: int = 2048
     groups: int = 4
 
@@ -283,16 +281,13 @@ class Windows:
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
-class Sampled:
-    """The head's loss over part of the vocabulary, by how often its tokens come in the text."""
+LossOf = Callable[[Tensor, Tensor, Tensor], Tensor]  # of hidden states, the head's weight, and targets
 
-    def __init__(self, control: Control, stream: NDArray[np.integer]) -> None:
-        times = torch.from_numpy(np.bincount(stream, minlength=control.vocab_size))
-        self.ids, self.vocabulary = by_frequency(times, control.frequent, control.groups)
-        self.number = self.ids.argsort()
 
-    def __call__(self, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return sampled_cross_entropy(hidden, weight.index_select(0, self.ids), self.number[targets], self.vocabulary)
+def sampled_loss(control: Control, stream: NDArray[np.integer]) -> LossOf:
+    """`linear_cross_entropy`, sampled by how often tokens come in the stream."""
+    times = torch.from_numpy(np.bincount(stream, minlength=control.vocab_size))
+    return partial(sampled_cross_entropy, vocabulary=by_frequency(times, control.frequent, control.groups))
 
 
 def train_step(
@@ -302,7 +297,7 @@ def train_step(
     targets: Tensor,
     rate: float,
     control: Control,
-    loss_of: Callable[[Tensor, Tensor, Tensor], Tensor] = linear_cross_entropy,
+    loss_of: LossOf = linear_cross_entropy,
 ) -> float:
     """One update from ids and targets [B, T] of the whole batch; returns the mean loss in nats."""
     positions, total = torch.arange(ids.shape[1]), 0.0
@@ -339,7 +334,7 @@ def train(
     windows = Windows(data, control.context, bos_id)
     documents = validation_documents(data, scored_tokens)
     model, optimizers = build(control, dtype, seed)
-    sampled = Sampled(control, windows.stream) if control.sampled else linear_cross_entropy
+    sampled = sampled_loss(control, windows.stream)
     at: dict[str, Any] = {"step": 0, "seconds": 0.0, "cpu_seconds": 0.0, "loss": math.nan, "curve": []}
     with checkpoint.lock(run):
         if newest := checkpoint.newest(run, print):

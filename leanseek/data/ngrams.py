@@ -79,8 +79,7 @@ def count(stream: NDArray[np.int64], vocabulary: int, longest: int) -> NGrams:
 
     Sorting is all the work: seconds for ten million tokens. Raises BadInput where an n-gram's number does not fit.
     """
-    if vocabulary**longest > 1 << 63:
-        raise BadInput(f"counts.order: {longest} tokens out of {vocabulary} do not fit in a number: take fewer")
+    check_order(longest, vocabulary)
     longer: list[Order] = []
     grams, times = np.unique(_numbers(stream, longest, vocabulary), return_counts=True)
     for n in range(longest, 1, -1):
@@ -95,6 +94,12 @@ def count(stream: NDArray[np.int64], vocabulary: int, longest: int) -> NGrams:
         base[pairs.contexts] *= pairs.left[:, None]
         base[np.repeat(pairs.contexts, np.diff(pairs.first)), pairs.tokens] += pairs.shares
     return NGrams(base, tuple(longer))
+
+
+def check_order(longest: int, vocabulary: int) -> None:
+    """Raises BadInput where an n-gram's number does not fit."""
+    if vocabulary**longest > 1 << 63:
+        raise BadInput(f"counts.order: {longest} tokens out of {vocabulary} do not fit in a number: take fewer")
 
 
 def _found(contexts: NDArray[np.int64], numbers: NDArray[np.int64]) -> NDArray[np.int64]:

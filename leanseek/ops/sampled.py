@@ -1,10 +1,11 @@
 """The output head's loss for part of its work, and from more than the one token that came.
 
 Sampled softmax (Jean et al. 2015, arXiv 1412.2007): a loss needs the logits of the tokens that could have come, and the
-others only as a sum, to which a part of them stands for all. Where it is known beforehand what may come, as counts of
+others only as a sum, in which a part of them stands for all. Where it is known beforehand what may come, as counts of
 the text know, that is a target too, and says which tokens the part must not lack.
 
-N places · D width · V vocabulary · S candidates of a piece of n places. Tokens are numbered by how often they come.
+N places · D width · V vocabulary · S candidates of a piece of n places. In here tokens go by number: the frequent ones
+first, the others group by group.
 """
 
 from collections.abc import Iterator
@@ -17,8 +18,8 @@ from torch import Tensor
 
 from leanseek.ops.loss import IGNORE, OfLogits, head_loss, total_and_softmax
 
-LIKELY = 0.02  # a token of which as much is expected at a place is among the candidates of its piece
-WHOLE = 64  # candidates come in multiples of it: oneDNN compiles a product for every size that it meets
+LIKELY = 0.02  # a token of which a longer context leads to expect so much at a place is a candidate of its piece
+MULTIPLE = 64  # of which candidates come: oneDNN compiles a product for every size that it meets
 
 
 @dataclass(frozen=True)
@@ -34,34 +35,36 @@ class Expected:
 
 
 class Candidates(NamedTuple):
-    """Those of a piece: the frequent tokens, one group of the others, and what else was asked for."""
+    """Those of a piece: the frequent tokens, one group of the others, what else was asked for, and what fills up."""
 
     tokens: Tensor  # [S]
     column: Tensor  # [V] where each is among them, -1: it is not
-    times: Tensor  # [S] how many tokens each stands for, itself included
+    times: Tensor  # [S] how many tokens each stands for, itself included; 0 of what fills up
     frequent: int
     group: slice
 
     def of_base(self, base: Tensor, row: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What base [R, V] has in each of the rows [n] for what all candidates stand for, in three parts, with their
         columns."""
-        many, end = self.group.stop - self.group.start, self.frequent + self.group.stop - self.group.start
+        end = self.frequent + self.group.stop - self.group.start
+        times = self.times.to(base.dtype)
         yield slice(0, self.frequent), base[:, : self.frequent].index_select(0, row)
-        if many:
-            times = self.times[self.frequent : end].to(base.dtype)
-            yield slice(self.frequent, end), base[:, self.group].index_select(0, row).mul_(times)
-        if end < len(self.tokens):
+        if end > self.frequent:
+            yield slice(self.frequent, end), base[:, self.group].index_select(0, row).mul_(times[self.frequent : end])
+        if end < len(times):
             at = row[:, None] * base.shape[1] + self.tokens[end:]
-            yield slice(end, len(self.tokens)), base.view(-1).index_select(0, at.view(-1)).view_as(at)
+            yield slice(end, len(times)), base.view(-1).index_select(0, at.view(-1)).view_as(at).mul_(times[end:])
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens numbered by how often they come: the `frequent` are in every piece, of the others one group is, in turn.
+    """All tokens by number: the `frequent` are in every piece, of the others one group is, in turn.
 
     `begins` [groups + 1] are the groups' first numbers and their end; without groups every token is frequent.
     """
 
+    ids: Tensor  # [V] of each number
+    number: Tensor  # [V] of each id
     frequent: int
     begins: tuple[int, ...]
 
@@ -72,39 +75,44 @@ class Vocabulary:
     @property
     def candidates(self) -> float:
         """How many a piece has, beside those asked for."""
-        return self.frequent + (self.begins[-1] - self.frequent) / max(self.groups, 1)
+        return self.frequent + (len(self.ids) - self.frequent) / max(self.groups, 1)
+
+    def numbers(self, ids: Tensor) -> Tensor:
+        """The numbers of ids; IGNORE stays."""
+        return torch.where(ids == IGNORE, IGNORE, self.number[ids.clamp(min=0)])
 
     def of(self, asked: Tensor, turn: int) -> Candidates:
         """The candidates of a piece that must have the tokens `asked`, which then stand for themselves alone."""
-        frequent, end = self.frequent, self.begins[-1]
-        group = slice(*self.begins[(k := turn % self.groups) : k + 2]) if self.groups else slice(frequent, frequent)
+        frequent, turn = self.frequent, turn % max(self.groups, 1)
+        group = slice(*self.begins[turn : turn + 2]) if self.groups else slice(frequent, frequent)
         inside = (asked >= group.start) & (asked < group.stop)
-        every = torch.arange(end, device=asked.device)
-        others = torch.ones_like(every, dtype=torch.bool)
-        others[:frequent] = others[group] = False
         beyond = asked[(asked >= frequent) & ~inside].unique()
-        others[beyond] = False
-        short = -(frequent + group.stop - group.start + len(beyond)) % WHOLE
-        tokens = torch.cat((every[:frequent], every[group], beyond, every[others][:short]))
-        times = torch.ones(len(tokens), device=asked.device)
-        times[frequent : frequent + group.stop - group.start] = max(self.groups, 1)
-        times[asked[inside] - group.start + frequent] = 1
+        every = torch.arange(len(self.ids), device=asked.device)
+        tokens = torch.cat((every[:frequent], every[group], beyond))
         column = torch.full_like(every, -1)
         column[tokens] = every[: len(tokens)]
+        times = torch.ones(len(tokens), device=asked.device)
+        times[frequent : len(tokens) - len(beyond)] = max(self.groups, 1)
+        times[column[asked[inside]]] = 1
+        if self.groups:
+            fill = -len(tokens) % MULTIPLE
+            tokens, times = torch.cat((tokens, tokens.new_zeros(fill))), torch.cat((times, times.new_zeros(fill)))
         return Candidates(tokens, column, times, frequent, group)
 
 
-def by_frequency(times: Tensor, frequent: int, groups: int) -> tuple[Tensor, Vocabulary]:
-    """The ids [V] of all numbers, and how they are taken: times [V] says how often each id comes.
+def by_frequency(times: Tensor, frequent: int, groups: int) -> Vocabulary:
+    """The vocabulary of a text in which each id comes so many `times` [V].
 
-    Each group has every so manieth of the others, so that all are alike. With `frequent` as many as there are ids, or
-    more, there are none.
+    After the frequent ones every `groups`-th of the others makes a group, so that all are alike. With as many
+    `frequent` as there are ids, or more, there are no groups, and a number is the id.
     """
+    if frequent >= len(times):
+        ids = torch.arange(len(times), device=times.device)
+        return Vocabulary(ids, ids, len(ids), (len(ids),))
     ids = times.argsort(descending=True, stable=True)
-    if frequent >= len(ids):
-        return ids, Vocabulary(len(ids), (len(ids),))
     parts = [ids[:frequent], *(ids[frequent + k :: groups] for k in range(groups))]
-    return torch.cat(parts), Vocabulary(frequent, tuple(accumulate(map(len, parts))))
+    ids = torch.cat(parts)
+    return Vocabulary(ids, ids.argsort(), frequent, tuple(accumulate(map(len, parts))))
 
 
 def sampled_cross_entropy(
@@ -117,12 +125,13 @@ def sampled_cross_entropy(
 ) -> Tensor:
     """The value of `linear_cross_entropy`, with the gradient of −Σ Σᵥ r(v) log p(v) over the valid targets.
 
-    hidden [N, D], weight [V, D], targets [N], all in numbers. r is the target and, `share` of it, what is expected: a
-    run learns from that, while what it tells should be comparable. Where the vocabulary has groups, both are estimates:
-    on average over the groups Σ exp of the logits is what it is over all tokens.
+    hidden [N, D], weight [V, D] and targets [N] by id. r is the target and, `share` of it, what is expected, which goes
+    by number: a run learns from that, while what it tells should be comparable. Where the vocabulary has groups, both
+    are estimates, and depend on how the places are divided: on average over the groups Σ exp of the logits is what it
+    is over all tokens.
     """
-    # Another group begins in every batch, the same one when a batch is seen again.
-    turns = count(int(targets.sum()))
+    targets = vocabulary.numbers(targets)
+    turns = count(first_turn(targets))
 
     def of_rows(rows: slice) -> tuple[Tensor | None, OfLogits]:
         wanted = targets[rows]
@@ -135,7 +144,7 @@ def sampled_cross_entropy(
             asked = torch.cat((asked, tokens[shares >= LIKELY]))
         found = vocabulary.of(asked, next(turns))
 
-        def of_logits(logits: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+        def of_logits(logits: Tensor, _: bool) -> tuple[Tensor, Tensor]:
             """logits [n, S] → the target's losses [n], and p − r [n, S]."""
             wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
             if vocabulary.groups:
@@ -154,6 +163,11 @@ def sampled_cross_entropy(
             error.scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid[:, None])
             return losses, error.to(logits.dtype)
 
-        return found.tokens if vocabulary.groups else None, of_logits
+        return vocabulary.ids[found.tokens] if vocabulary.groups else None, of_logits
 
     return head_loss(hidden, weight, of_rows, vocabulary.candidates, pieces=max(vocabulary.groups, 1))
+
+
+def first_turn(targets: Tensor) -> int:
+    """The turn of a call's first piece: by chance, and the same when a run that was killed comes there again."""
+    return int(targets.sum())

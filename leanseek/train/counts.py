@@ -5,7 +5,7 @@ finds the same in seconds, over more text than the run will read, and a count sa
 how likely, where the text has a single token. So at first the model learns from the counts, then more and more from
 the text itself, in which there is what no count of a few tokens knows.
 
-Tokens are counted by number, the most frequent one first, so that a loss can do without most of the rare ones.
+Tokens are counted by number, the frequent ones first, so that a loss can do without most of the rare ones.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,26 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from leanseek.config import Config, CountsConfig
-from leanseek.data.ngrams import NGrams, count
+from leanseek.data.ngrams import NGrams, check_order, count
 from leanseek.data.shards import Data
 from leanseek.data.tokenizer import Tokenizer
-from leanseek.ops.loss import IGNORE
 from leanseek.ops.sampled import Expected, Vocabulary, by_frequency, sampled_cross_entropy
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Counted text, its table on the model's device. V ids."""
+    """Counted text, its table on the model's device. Tokens go by number. V ids."""
 
-    ngrams: NGrams  # of numbers
+    ngrams: NGrams
     base: Tensor  # [V, V] or [1, V]
-    ids: Tensor  # [V] of each number
-    number: Tensor  # [V] of each id
     vocabulary: Vocabulary
 
     def expected(self, ids: Tensor) -> Expected:
-        """ids [b, T] of whole rows → what may follow each of their tokens, in numbers."""
-        after = self.ngrams.after(self.number[ids].cpu().numpy())
+        """ids [b, T] of whole rows → what may follow each of their tokens."""
+        after = self.ngrams.after(self.vocabulary.number[ids].cpu().numpy())
         parts = after.row, after.scale, after.first, after.tokens, after.shares
         return Expected(self.base, *(torch.from_numpy(part).to(ids.device) for part in parts))
 
@@ -45,8 +42,7 @@ class Counts:
 
         hidden [b, T, D], weight [V, D] of the head, ids and targets [b, T].
         """
-        numbers = torch.where(targets == IGNORE, IGNORE, self.number[targets.clamp(min=0)])
-        main = hidden.flatten(0, 1), weight.index_select(0, self.ids), numbers.flatten()
+        main = hidden.flatten(0, 1), weight, targets.flatten()
         return sampled_cross_entropy(*main, self.vocabulary, self.expected(ids), share)
 
 
@@ -61,6 +57,7 @@ def counted(
     documents: Iterable[NDArray[np.integer]], vocab_size: int, config: CountsConfig, device: torch.device
 ) -> Counts:
     """Counts of documents, each with its BOS and EOS. Raises BadInput."""
+    check_order(config.order, vocab_size)
     text, taken = [], 0
     for document in documents:
         if taken >= config.tokens:
@@ -69,10 +66,9 @@ def counted(
         taken += len(document)
     stream = np.concatenate(text).astype(np.int64)
     times = torch.from_numpy(np.bincount(stream, minlength=vocab_size))
-    ids, vocabulary = by_frequency(times, config.frequent or vocab_size, config.groups)
-    number = ids.argsort()
-    ngrams = count(number.numpy()[stream], vocab_size, config.order)
-    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device), ids.to(device), number.to(device), vocabulary)
+    vocabulary = by_frequency(times.to(device), config.frequent or vocab_size, config.groups)
+    ngrams = count(vocabulary.number.cpu().numpy()[stream], vocab_size, config.order)
+    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device), vocabulary)
 
 
 def _documents(data: Data, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer]]:

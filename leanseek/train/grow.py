@@ -8,8 +8,8 @@ import math
 from typing import Any
 
 from leanseek.config import BadInput, Config, ModelConfig
-from leanseek.plan.count import flops_per_token, parameters
-from leanseek.train.schedule import Kind, kinds_of_tokens, scaled
+from leanseek.plan.count import parameters
+from leanseek.train.schedule import flops_of_kind, kinds_of_tokens, scaled
 
 WIDTH = 0.18  # parameters then grow with the root of the FLOPs, as tokens do (Hoffmann et al. 2022, arXiv 2203.15556)
 DEPTH = 0.8  # layers, of the width
@@ -27,18 +27,6 @@ def run_flops(config: Config) -> float:
 def mean_flops_per_token(config: Config) -> float:
     """Training FLOPs of a token, on average over the schedule and the stages."""
     return sum(share * flops_of_kind(config, kind) for kind, share in kinds_of_tokens(config).items())
-
-
-def flops_of_kind(config: Config, kind: Kind) -> float:
-    """Training FLOPs of a token of a kind."""
-    return flops_per_token(
-        config.model,
-        config.stages[kind.stage].sequence_length,
-        mtp=kind.mtp,
-        awake=kind.layers,
-        mtp_length=config.train.mtp_length,
-        candidates=config.counts.candidates(config.model.vocab_size) if config.counts and kind.counted else None,
-    )
 
 
 def grown(config: Config, flops: float) -> Config:

@@ -21,9 +21,8 @@ from leanseek.model.transformer import Transformer
 from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of, size_of, together
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.counts import counts_of
-from leanseek.train.grow import flops_of_kind
 from leanseek.train.loop import cpu_seconds
-from leanseek.train.schedule import Knobs, kind_of_token
+from leanseek.train.schedule import Knobs, flops_of_kind, kind_of_token
 from leanseek.train.setup import build, take_up, train_and_bill
 from leanseek.train.step import train_step
 from leanseek.train.teacher import check_teacher, teacher_of

@@ -7,6 +7,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from leanseek.config import Config, Piece, ScheduleConfig
+from leanseek.plan.count import flops_per_token
 
 PLACES = 1000  # of a run, at which its tokens are looked at
 
@@ -100,3 +101,15 @@ def kind_of_token(config: Config, stage: int, now: Knobs) -> Kind:
     mtp = bool(config.model.num_nextn_predict_layers and now.mtp_weight > 0)
     counted = config.counts is not None and now.count_weight > 0
     return Kind(stage, mtp, counted, now.layers, now.batch_tokens)
+
+
+def flops_of_kind(config: Config, kind: Kind) -> float:
+    """Training FLOPs of a token of a kind; of a sampled head those of the candidates that are always there."""
+    return flops_per_token(
+        config.model,
+        config.stages[kind.stage].sequence_length,
+        mtp=kind.mtp,
+        awake=kind.layers,
+        mtp_length=config.train.mtp_length,
+        candidates=config.counts.candidates(config.model.vocab_size) if config.counts and kind.counted else None,
+    )

@@ -1,8 +1,8 @@
 """One optimizer step (report §2, §4.2): the gradients of a batch, then the update and the bias update after it.
 
 Every loss is a sum divided once by its count over the whole batch, that of all ranks, so that neither accumulation over
-micro-batches nor the number of ranks changes anything. B sequences of the batch on this rank · b in a micro-batch · T
-tokens in a sequence.
+micro-batches nor the number of ranks changes anything, but where the softmax is sampled (`ops/sampled.py`). B sequences
+of the batch on this rank · b in a micro-batch · T tokens in a sequence.
 
 Where samples are packed that may not see each other, `segments` says whose each token is and `positions` where in it; a
 target is then of the same sample as the token at its place.
