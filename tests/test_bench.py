@@ -710,6 +710,20 @@ def test_speed_of_resting_mtp_is_weighted(data: Data, monkeypatch: pytest.Monkey
     )
     assert speed.speed_of(staged, data.folder, "fp32") == pytest.approx(0.75 * 1 + 0.25 * 9 + 0.1 * 100)
     assert speed.speed_of(BEST_ROW, data.folder, "fp32") == 1.0
+    assert BEST_ROW.control is not None
+    sampled = replace(BEST_ROW, control=replace(BEST_ROW.control, sampled=0.75))  # as if counts taught
+    assert speed.speed_of(sampled, data.folder, "fp32") == pytest.approx(0.75 * 2 + 0.25 * 1)
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_a_short_run_of_a_control_is_sampled_or_not(data: Data, monkeypatch: pytest.MonkeyPatch, sampled: bool) -> None:
+    given: list[Control] = []
+    ended = {"step_cpu_seconds": [1.0, 2.0]}
+    monkeypatch.setattr("leanseek.bench.speed.controls.train", lambda control, *_, **__: given.append(control) or ended)
+    assert BEST_ROW.control is not None
+    row = replace(BEST_ROW, control=replace(BEST_ROW.control, sampled=0.75))
+    assert speed._short_run(row, data.folder, "fp32", 2, Kind(counted=sampled)) == 2.0 / 256
+    assert [control.sampled for control in given] == [float(sampled)]
 
 
 def test_a_kind_of_tokens_is_all_that_its_short_run_has(data: Data, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,6 +53,7 @@ ROWS = (
         Control(
             "best", 3_300_000, 1.6e-2, 4096, vocab_size=6144, layers=3, width=128, heads=2, decay=0.7, sampled=0.85
         ),
+        budget=3_500_000,
     ),
     Row(
         "faithful-v3",
@@ -77,13 +78,6 @@ ROWS = (
         ),
     ),
     Row(OURS, "LeanSeek's recipe nano, as shipped", 2_250_000, recipe="nano"),
-    Row(
-        "nano-dense",
-        "nano with dense FFNs in place of its experts: what its method is worth without them",
-        2_250_000,
-        recipe="nano",
-        overrides=("model.first_k_dense_replace=3",),
-    ),
 )
 
 
@@ -110,7 +104,7 @@ def chosen_rows(
             budgets[name] = 0
         if budgets[name] < 1:
             raise BadInput(f"--tokens {text}: write ROW=NUMBER, a positive number")
-    rows = tuple(replace(row, budget=budgets.get(row.name)) for row in rows)
+    rows = tuple(replace(row, budget=budgets.get(row.name, row.budget)) for row in rows)
     if names is None:
         return rows
     wanted = [name.strip() for name in names.split(",")]
