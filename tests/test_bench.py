@@ -395,7 +395,7 @@ def test_validation_text_stays_whole(data: Data) -> None:
 def test_v3s_schedules_scale_with_the_learning_rate() -> None:
     row = next(row for row in ROWS if row.name == "faithful-v3")
     config = config_of(row, 1_000_000, 1e-3, seed=3)
-    assert config.optimizer.name == "adamw"
+    assert (config.optimizer.name, config.optimizer.weight_decay) == ("adamw", 0.1)
     assert [piece.value for piece in config.schedule.learning_rate] == pytest.approx([1e-3, 1e-3, 1e-4, 1e-4, 3.3e-5])
     assert (config.train.tokens, config.train.seed) == (1_000_000, 3)
     # A ramp from 1,024 to 4,096 over 32,000 tokens takes log(4) / log(1 + 3,072 / 32,000) ≈ 15 steps; the rest is full.
@@ -406,6 +406,7 @@ def test_v3s_schedules_scale_with_the_learning_rate() -> None:
 def test_a_users_recipe_is_one_more_row(tmp_path: Path) -> None:
     mine = tmp_path / "mine.toml"
     mine.write_text(RECIPE.read_text())
+    assert chosen_rows(None) == ROWS  # budgets of their own included
     found = chosen_rows("nano", str(mine), ["mine=4096"])
     assert [row.name for row in found] == ["nano", "mine"]
     assert (found[1].tokens, found[1].full_tokens) == (6144, 4096)

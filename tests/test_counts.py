@@ -187,11 +187,11 @@ def test_candidates_are_the_frequent_a_group_and_what_is_asked_for(monkeypatch: 
 @pytest.mark.parametrize(("frequent", "groups"), [(3, 2), (1, 4), (9, 3), (20, 2)])
 def test_over_all_turns_each_token_is_counted_as_often(frequent: int, groups: int) -> None:
     vocabulary = of_ten(frequent, groups)
-    counted = torch.zeros(10)
+    times = torch.zeros(10)
     for turn in range(groups):
         found = vocabulary.of(torch.tensor([2, 5, 5]), turn)
-        counted.index_add_(0, vocabulary.ids[found.tokens], found.times)
-    assert counted.tolist() == [groups] * 10
+        times.index_add_(0, vocabulary.ids[found.tokens], found.times)
+    assert times.tolist() == [groups] * 10
 
 
 def test_numbers_are_by_frequency_and_groups_alike() -> None:
