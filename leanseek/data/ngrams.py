@@ -12,6 +12,7 @@ from leanseek.config import BadInput
 
 LARGEST_TABLE = 8192  # ids of a vocabulary whose pairs are kept as a table, 256 MiB
 UNSEEN = 0.5  # occurrences that a token without any is given
+LEAST = 5e-4  # share of a token after a context below which it is left to the shorter context, with its share
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ def count(stream: NDArray[np.int64], vocabulary: int, longest: int) -> NGrams:
     longer: list[Order] = []
     grams, times = np.unique(_numbers(stream, longest, vocabulary), return_counts=True)
     for n in range(longest, 1, -1):
-        longer.insert(0, _discounted(n, grams, times, vocabulary))
+        in_table = n == 2 and vocabulary <= LARGEST_TABLE
+        longer.insert(0, _discounted(n, grams, times, vocabulary, 0.0 if in_table else LEAST))
         # A shorter n-gram counts as often as different tokens came before it (Kneser and Ney, 1995).
         grams, times = np.unique(grams % vocabulary ** (n - 1), return_counts=True)
     single = np.full(vocabulary, UNSEEN)
@@ -118,17 +120,24 @@ def _numbers(stream: NDArray[np.int64], n: int, vocabulary: int) -> NDArray[np.i
     return numbers
 
 
-def _discounted(n: int, grams: NDArray[np.int64], times: NDArray[np.int64], vocabulary: int) -> Order:
-    """n-grams [P], ascending, and how often each counts → their order, by modified Kneser-Ney discounts."""
+def _discounted(
+    n: int, grams: NDArray[np.int64], times: NDArray[np.int64], vocabulary: int, least: float
+) -> Order:
+    """n-grams [P], ascending, and how often each counts → their order, by modified Kneser-Ney discounts.
+
+    Tokens with less than the `least` share after a context are not kept: most of those after frequent contexts, whose
+    cost is that of the others and whose share is next to nothing.
+    """
     contexts, first = np.unique(grams // vocabulary, return_index=True)
-    totals = np.add.reduceat(times, first)
-    first = np.append(first, len(grams))
-    taken = _discounts(times)[np.minimum(times, 3)]
-    shares = (times - taken) / np.repeat(totals, np.diff(first))
-    left = np.add.reduceat(taken, first[:-1]) / totals
-    return Order(
-        n, contexts, first, (grams % vocabulary).astype(np.int32), shares.astype(np.float32), left.astype(np.float32)
-    )
+    many = np.diff(first, append=len(grams))
+    totals = np.repeat(np.add.reduceat(times, first), many)
+    shares = (times - _discounts(times)[np.minimum(times, 3)]) / totals
+    kept = shares >= least
+    shares *= kept
+    left = 1 - np.add.reduceat(shares, first)
+    first = np.append(0, np.add.reduceat(kept, first, dtype=np.int64).cumsum())
+    tokens = (grams[kept] % vocabulary).astype(np.int32)
+    return Order(n, contexts, first, tokens, shares[kept].astype(np.float32), left.astype(np.float32))
 
 
 def _discounts(times: NDArray[np.int64]) -> NDArray[np.float64]:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from leanseek.ops.loss import IGNORE, OfLogits, head_loss, total_and_softmax
+from leanseek.ops.loss import IGNORE, OfLogits, head_loss
 
 LIKELY = 0.02  # a token of which a longer context leads to expect so much at a place is a candidate of its piece
 MULTIPLE = 64  # of which candidates come: oneDNN compiles a product for every size that it meets
@@ -136,6 +136,7 @@ def sampled_cross_entropy(
     def of_rows(rows: slice) -> tuple[Tensor | None, OfLogits]:
         wanted = targets[rows]
         valid = wanted != IGNORE
+        all_valid = bool(valid.all())
         asked = wanted[valid]
         if expected is not None:
             first = expected.first[rows.start : rows.stop + 1]
@@ -145,23 +146,26 @@ def sampled_cross_entropy(
         found = vocabulary.of(asked, next(turns))
 
         def of_logits(logits: Tensor, _: bool) -> tuple[Tensor, Tensor]:
-            """logits [n, S] → the target's losses [n], and p − r [n, S]."""
-            wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            """logits [n, S] → the target's losses [n], and p − r [n, S]. All in the logits' precision: what that costs
+            is little beside what sampling does, and in BF16 every pass is of half the bytes."""
             if vocabulary.groups:
-                wide.add_(found.times.log())
-            index = found.column[wanted.clamp(min=0)][:, None]
-            total, error = total_and_softmax(wide)
-            losses = (total - wide.gather(1, index)).squeeze(1) * valid
+                logits[:, found.frequent :].add_(found.times[found.frequent :].log().to(logits.dtype))
+            error = logits.softmax(dim=-1)
+            flat, begins = error.view(-1), torch.arange(0, error.numel(), error.shape[1], device=error.device)  # of rows
+            target = begins + found.column[wanted.clamp(min=0)]
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            losses = flat[target].to(wide).clamp(min=torch.finfo(wide).tiny).log().neg() * valid
+            single, of_single = target, torch.full_like(losses, 1 - share)
             if expected is not None:
                 scale = -share * expected.scale[rows, None].to(error.dtype)
                 for columns, part in found.of_base(expected.base, expected.row[rows]):
                     error[:, columns].addcmul_(part.to(error.dtype), scale)
                 column = found.column[tokens]
-                of_single = shares * found.times[column] * (column >= 0)
-                at = place * error.shape[1] + column.clamp(min=0)
-                error.view(-1).index_add_(0, at, of_single.to(error.dtype), alpha=-share)
-            error.scatter_add_(1, index, error.new_full(index.shape, share - 1)).mul_(valid[:, None])
-            return losses, error.to(logits.dtype)
+                kept = share * shares * found.times[column] * (column >= 0)
+                single = torch.cat((single, begins[place] + column.clamp(min=0)))
+                of_single = torch.cat((of_single, kept))
+            flat.index_add_(0, single, of_single.to(error.dtype), alpha=-1)
+            return losses, error if all_valid else error.mul_(valid[:, None])
 
         return vocabulary.ids[found.tokens] if vocabulary.groups else None, of_logits
 

@@ -25,7 +25,7 @@ from leanseek.ops.sampled import Expected, Vocabulary, by_frequency, sampled_cro
 
 @dataclass(frozen=True)
 class Counts:
-    """Counted text, its table on the model's device. Tokens go by number. V ids."""
+    """Counted text, its table on the model's device and in its precision. Tokens go by number. V ids."""
 
     ngrams: NGrams
     base: Tensor  # [V, V] or [1, V]
@@ -46,17 +46,23 @@ class Counts:
         return sampled_cross_entropy(*main, self.vocabulary, self.expected(ids), share)
 
 
-def counts_of(config: Config, data: Data, tokenizer: Tokenizer, device: torch.device) -> Counts | None:
+def counts_of(
+    config: Config, data: Data, tokenizer: Tokenizer, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Counts | None:
     """The counts that a configuration asks for; None where it asks for none. Raises BadInput where they do not fit."""
     if config.counts is None:
         return None
-    return counted(_documents(data, tokenizer), config.model.vocab_size, config.counts, device)
+    return counted(_documents(data, tokenizer), config.model.vocab_size, config.counts, device, dtype)
 
 
 def counted(
-    documents: Iterable[NDArray[np.integer]], vocab_size: int, config: CountsConfig, device: torch.device
+    documents: Iterable[NDArray[np.integer]],
+    vocab_size: int,
+    config: CountsConfig,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Counts:
-    """Counts of documents, each with its BOS and EOS. Raises BadInput."""
+    """Counts of documents, each with its BOS and EOS; their table in `dtype`, the logits' own. Raises BadInput."""
     check_order(config.order, vocab_size)
     text, taken = [], 0
     for document in documents:
@@ -68,7 +74,7 @@ def counted(
     times = torch.from_numpy(np.bincount(stream, minlength=vocab_size))
     vocabulary = by_frequency(times.to(device), config.frequent or vocab_size, config.groups)
     ngrams = count(vocabulary.number.cpu().numpy()[stream], vocab_size, config.order)
-    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device), vocabulary)
+    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device, dtype), vocabulary)
 
 
 def _documents(data: Data, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer]]:

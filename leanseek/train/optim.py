@@ -164,7 +164,9 @@ class Muon(Optimizer):
             for rows, (part, _, _) in zip(rows_of_shared, shared, strict=True)
         ]
         for (weights, _, group), update, scale in zip(own + shared, updates, scales, strict=True):
-            weights.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=scale * group["lr"])
+            if group["weight_decay"]:
+                weights.mul_(1 - group["lr"] * group["weight_decay"])
+            weights.sub_(update.to(weights.dtype), alpha=scale * group["lr"])
 
     def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
         """Stacks of matrices [n, r, c]; those of one shape go through one batched orthogonalisation."""
@@ -195,8 +197,8 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
     out = torch.empty_like(x)
     for piece, result in zip(x.split(at_once), out.split(at_once), strict=True):
         m = (piece.mT if tall else piece).contiguous()
-        wide = m.to(torch.promote_types(m.dtype, torch.float32))
-        m = m / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7).to(m.dtype)
+        norm = torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(m.dtype, torch.float32))
+        m = m / (norm + 1e-7).to(m.dtype)
         for _ in range(steps):
             gram = m @ m.mT
             m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), m, beta=a)

@@ -81,7 +81,7 @@ def train_on(
     scorer = model if pipeline is None else pipeline.nats
     teacher = teacher_of(config, tokenizer)
     wall, cpu = time.monotonic(), cpu_seconds()
-    counts = counts_of(config, data, tokenizer, next(model.parameters()).device)
+    counts = counts_of(config, data, tokenizer, next(model.parameters()).device, model.dtype)
     spent = time.monotonic() - wall, cpu_seconds() - cpu  # counting is a part of the bill
     documents = validation_documents(data, config.train.eval_tokens)
 

@@ -212,9 +212,9 @@ def update(
     finite = math.isfinite(loss + sum(further) + (divergence or 0.0)) and math.isfinite(norm.item())
     spike = finite and (loss > limits.loss or norm.item() > limits.grad_norm)
     if finite and not spike:
-        scale = (config.optimizer.clip / (norm + 1e-6)).clamp(max=1)
-        for grad in grads.values():
-            local(grad).mul_(scale)
+        if (scale := config.optimizer.clip / (norm.item() + 1e-6)) < 1:
+            for grad in grads.values():
+                local(grad).mul_(scale)
         set_learning_rate(optimizers, knobs.learning_rate)
         for optimizer in optimizers:
             optimizer.step()
