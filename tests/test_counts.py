@@ -42,10 +42,13 @@ def text(vocabulary: int, size: int, seed: int) -> NDArray[np.int64]:
 
 
 class SlowKneserNey:
-    """Chen and Goodman's interpolated, modified Kneser-Ney by their formulas, in dictionaries."""
+    """Chen and Goodman's interpolated, modified Kneser-Ney by their formulas, in dictionaries.
 
-    def __init__(self, stream: list[int], vocabulary: int, longest: int) -> None:
-        self.vocabulary, self.longest = vocabulary, longest
+    After `whole` tokens or more, a token with less than the `least` share is left to the shorter context.
+    """
+
+    def __init__(self, stream: list[int], vocabulary: int, longest: int, least: float = 0.0, whole: int = 1) -> None:
+        self.vocabulary, self.longest, self.least, self.whole = vocabulary, longest, least, whole
         of = {n: [tuple(stream[i : i + n]) for i in range(len(stream) - n + 1)] for n in range(1, longest + 1)}
         self.times = {longest: Counter(of[longest])}
         for n in range(longest - 1, 0, -1):
@@ -70,9 +73,12 @@ class SlowKneserNey:
         if context not in self.after:
             return shorter
         n, seen = len(context) + 1, self.after[context]
-        total, left = sum(seen.values()), sum(self.discount(n, times) for times in seen.values())
-        own = seen[token] - self.discount(n, seen[token]) if token in seen else 0.0
-        return (own + left * shorter) / total
+        total, kept = sum(seen.values()), dict[int, float]()
+        for other, times in seen.items():
+            share = (times - self.discount(n, times)) / total
+            if len(context) < self.whole or share >= self.least:
+                kept[other] = share
+        return kept.get(token, 0.0) + (1 - sum(kept.values())) * shorter
 
 
 def dense(ngrams: NGrams, after: Followers) -> NDArray[np.float64]:
@@ -83,15 +89,19 @@ def dense(ngrams: NGrams, after: Followers) -> NDArray[np.float64]:
     return found
 
 
+@pytest.mark.parametrize("least", [5e-4, 0.2])
 @pytest.mark.parametrize("longest", [2, 3, 4, 5])
 @pytest.mark.parametrize("largest", [8192, 8])
-def test_counts_are_those_of_a_slow_twin(longest: int, largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_counts_are_those_of_a_slow_twin(
+    longest: int, largest: int, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("leanseek.data.ngrams.LARGEST_TABLE", largest)
+    monkeypatch.setattr("leanseek.data.ngrams.LEAST", least)
     vocabulary, stream = 9, text(9, 400, longest)
-    ngrams, slow = (
-        count(stream, vocabulary, longest),
-        SlowKneserNey(stream.tolist(), vocabulary, longest),
-    )
+    ngrams = count(stream, vocabulary, longest)
+    slow = SlowKneserNey(stream.tolist(), vocabulary, longest, least, whole=2 if largest > vocabulary else 1)
+    for order in ngrams.longer:
+        assert (len(order.tokens) < len(slow.times[order.n])) == (least > 0.1)
     rows = np.concatenate([stream[100:130], text(vocabulary, 30, 99)]).reshape(4, 15)  # seen text and other text
     found = dense(ngrams, ngrams.after(rows)).reshape(4, 15, vocabulary)
     np.testing.assert_allclose(found.sum(-1), 1, atol=1e-5)
@@ -164,6 +174,20 @@ def test_the_loss_is_the_texts_and_its_gradient_that_of_the_mixture(
     monkeypatch.setattr("leanseek.ops.loss._LOGITS_IN_CACHE", 9 * rows_at_once)
     whole = case(9, 2, CountsConfig(order=4))
     torch.testing.assert_close(whole.told(share), whole.wanted(share), rtol=1e-5, atol=1e-6)
+
+
+def test_in_bf16_the_loss_and_its_gradient_are_as_near_as_bf16_is() -> None:
+    config, stream = CountsConfig(order=4), text(9, 540, 1)
+    wide = case(9, 40, config)
+    narrow = wide._replace(
+        hidden=wide.hidden.bfloat16(),
+        weight=wide.weight.bfloat16(),
+        counts=counted([stream], 9, config, CPU, torch.bfloat16),
+    )
+    assert narrow.counts.base.dtype == torch.bfloat16
+    wide = wide._replace(hidden=narrow.hidden.double(), weight=narrow.weight.double())
+    for found, wanted in zip(narrow.told(0.6), wide.wanted(0.6), strict=True):
+        assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
 
 
 def of_ten(frequent: int, groups: int) -> Vocabulary:

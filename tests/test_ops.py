@@ -11,9 +11,9 @@ from torch import Tensor
 from leanseek.ops import loss as loss_module
 from leanseek.ops.attention import attention, attention_reference, largest_logits
 from leanseek.ops.elementwise import (
-    inverse_rms,
     inverse_rms_reference,
     rms_norm,
+    rms_norm_and_scale,
     rms_norm_beside,
     rms_norm_beside_reference,
     rms_norm_reference,
@@ -207,11 +207,12 @@ def test_norm_and_swiglu_equal_their_references(dtype: torch.dtype, generator: t
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_what_a_norm_multiplies_by_is_precise_in_any_precision(dtype: torch.dtype, generator: torch.Generator) -> None:
-    x = torch.randn(2, 5, 12, generator=generator).to(dtype)
-    ours, reference = inverse_rms(x, 1e-3), inverse_rms_reference(x, 1e-3)
-    assert ours.dtype == reference.dtype == torch.promote_types(dtype, torch.float32)
-    assert ours.shape == (2, 5, 1)
-    assert distance(ours, reference) < 1e-6
+    x, weight = torch.randn(2, 5, 12, generator=generator).to(dtype), torch.ones(12)
+    normed, scale = rms_norm_and_scale(x, weight, 1e-3)
+    assert scale.dtype == torch.promote_types(dtype, torch.float32)
+    assert scale.shape == (2, 5, 1)
+    assert distance(scale, inverse_rms_reference(x, 1e-3)) < 1e-6
+    assert torch.equal(normed, rms_norm(x.requires_grad_(), weight, 1e-3))
 
 
 def test_norm_and_swiglu_pass_gradcheck(generator: torch.Generator) -> None:
@@ -222,7 +223,7 @@ def test_norm_and_swiglu_pass_gradcheck(generator: torch.Generator) -> None:
     assert torch.autograd.gradcheck(
         lambda *given: rms_norm_beside(*given, 1e-2), (x, weight, beside, weight[2:3].detach().clone().requires_grad_())
     )
-    assert torch.autograd.gradcheck(lambda x: inverse_rms(x, 1e-2), (x,))
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm_and_scale(x, weight, 1e-2), (x, weight))
     assert torch.autograd.gradcheck(swiglu, (x,))
 
 

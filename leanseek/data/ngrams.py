@@ -120,9 +120,7 @@ def _numbers(stream: NDArray[np.int64], n: int, vocabulary: int) -> NDArray[np.i
     return numbers
 
 
-def _discounted(
-    n: int, grams: NDArray[np.int64], times: NDArray[np.int64], vocabulary: int, least: float
-) -> Order:
+def _discounted(n: int, grams: NDArray[np.int64], times: NDArray[np.int64], vocabulary: int, least: float) -> Order:
     """n-grams [P], ascending, and how often each counts → their order, by modified Kneser-Ney discounts.
 
     Tokens with less than the `least` share after a context are not kept: most of those after frequent contexts, whose

@@ -30,5 +30,6 @@ class Block(nn.Module):
         own: Own = NOTHING,
     ) -> Tensor:
         """x [B, T, D], and what its tokens bring → [B, T, D]."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, own.over(x, self.input_layernorm.eps))
+        normed, divided = own.through(self.input_layernorm, x)
+        x = x + self.self_attn(normed, rope, mask, cache, divided)
         return x + self.mlp(self.post_attention_layernorm(x, own.embedding, self.embedding_share))

@@ -8,7 +8,7 @@ served) and are cast where they are used, so that no part of the model asks for 
 import torch
 from torch import Tensor, nn
 
-from leanseek.ops.elementwise import rms_norm, rms_norm_beside
+from leanseek.ops.elementwise import rms_norm, rms_norm_and_scale, rms_norm_beside
 from leanseek.ops.precision import Plain, Precision
 
 
@@ -37,6 +37,10 @@ class RMSNorm(nn.Module):
         if beside is None or share is None:
             return rms_norm(x, self.weight, self.eps)
         return rms_norm_beside(x, self.weight, beside, share, self.eps)
+
+    def and_scale(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """y, and what x was multiplied by, [..., 1]."""
+        return rms_norm_and_scale(x, self.weight, self.eps)
 
 
 class SwiGLU(nn.Module):

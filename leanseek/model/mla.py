@@ -72,34 +72,53 @@ class MLA(nn.Module):
         # q_nope [B, T, H, N] and q_rope [B, T, H, R]
         q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
-        latent, k_rope = self.compress(x, rope, own)
-        if cache is not None:
-            latent, k_rope = cache.append(latent, k_rope)
-        absorb = cache is not None and not self.training and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
-        heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
+        latent, k_rope, own = self.latent(x, rope, own)
+        if cache is None:
+            heads = self.direct(q_nope, q_rope, latent, k_rope, mask, own)
+        else:
+            latent, k_rope = cache.append(own.behind(latent), k_rope)
+            absorb = not self.training and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
+            heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
+
+    def latent(self, x: Tensor, rope: tuple[Tensor, Tensor], own: Own = NOTHING) -> tuple[Tensor, Tensor, Own]:
+        """Of tokens x [B, T, D] the normed latent [B, T, C], one key for all heads [B, T, R], and what they bring."""
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        latent, own = own.through(self.kv_a_layernorm, latent)
+        return latent, apply_rope(k_rope, *rope), own
 
     def compress(self, x: Tensor, rope: tuple[Tensor, Tensor], own: Own = NOTHING) -> tuple[Tensor, Tensor]:
         """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R].
 
         With value embeddings the latent is [B, T, C + E].
         """
-        latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        kept, values = self.kv_a_layernorm(latent), own.over(latent, LATENT_NORM_EPS).scaled()
-        if values is not None:
-            kept = torch.cat((kept, values), dim=-1)
-        return kept, apply_rope(k_rope, *rope)
+        latent, k_rope, own = self.latent(x, rope, own)
+        return own.behind(latent), k_rope
 
-    def direct(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
-        """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C + E], k_rope [B, S, R] → [B, T, H, V]."""
-        latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
+    def direct(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent: Tensor,
+        k_rope: Tensor,
+        mask: Tensor | None,
+        own: Own = NOTHING,
+    ) -> Tensor:
+        """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C + E], k_rope [B, S, R] → [B, T, H, V].
+
+        Where the keys' `own` values are given apart, latent [B, S, C].
+        """
+        if self.value_width and own.values is None:
+            latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
+            own = Own(values=values)
         k_nope, v = (
             self.kv_b_proj(latent)
             .unflatten(-1, (self.heads, -1))
             .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
         )
-        if self.value_width:
-            v = v + self.value_share.to(v.dtype) * values.unflatten(-1, (self.heads, -1))
+        if own.values is not None:
+            share = self.value_share if own.scale is None else own.scale[..., None] * self.value_share
+            v = torch.addcmul(v, own.values.unflatten(-1, (self.heads, -1)), share.to(v.dtype))
         # Joined heads first, which is how attention reads them.
         k_rope_of_all = k_rope[:, None].expand(-1, self.heads, -1, -1)
         k = torch.cat((k_nope.transpose(1, 2), k_rope_of_all), dim=-1)

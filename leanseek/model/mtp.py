@@ -39,8 +39,8 @@ class MTPModule(nn.Module):
         The result is normed: it goes to the head, and to the next depth, as the main model's own final state does.
         `own` is what token i + k brings; its values are divided as its embedding is.
         """
-        own = own.over(embedding, self.enorm.eps)
-        return self.norm(self.block(self.join(embedding, hidden), rope, mask, cache, own))
+        x, own = self.join(embedding, hidden, own)
+        return self.norm(self.block(x, rope, mask, cache, own))
 
     def remember(
         self,
@@ -52,9 +52,10 @@ class MTPModule(nn.Module):
     ) -> None:
         """Keeps what later tokens will look back to, and computes nothing else: most of a module's work is for its
         output, and in generation only the newest token's is asked for."""
-        x, norm = self.join(embedding, hidden), self.block.input_layernorm
-        own = own.over(embedding, self.enorm.eps).over(x, norm.eps)
-        cache.append(*self.block.self_attn.compress(norm(x), rope, own))
+        x, own = self.join(embedding, hidden, own)
+        normed, own = own.through(self.block.input_layernorm, x)
+        cache.append(*self.block.self_attn.compress(normed, rope, own))
 
-    def join(self, embedding: Tensor, hidden: Tensor) -> Tensor:
-        return self.eh_proj(torch.cat((self.enorm(embedding), self.hnorm(hidden)), dim=-1))
+    def join(self, embedding: Tensor, hidden: Tensor, own: Own) -> tuple[Tensor, Own]:
+        embedded, own = own.through(self.enorm, embedding)
+        return self.eh_proj(torch.cat((embedded, self.hnorm(hidden)), dim=-1)), own

@@ -10,9 +10,10 @@ B batch · T tokens · D hidden_size · E = H · V.
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from leanseek.ops.elementwise import inverse_rms
+from leanseek.model.layers import RMSNorm
 
 
 class Own(NamedTuple):
@@ -20,18 +21,19 @@ class Own(NamedTuple):
     values: Tensor | None = None  # [B, T, E]
     scale: Tensor | None = None  # [B, T, 1] of the values, in at least FP32
 
-    def over(self, x: Tensor, eps: float) -> "Own":
-        """The values divided as a norm divides x [B, T, …]."""
+    def through(self, norm: RMSNorm, x: Tensor) -> tuple[Tensor, "Own"]:
+        """x [B, T, …] normed, and the values divided as it is."""
         if self.values is None:
-            return self
-        scale = inverse_rms(x, eps)
-        return self._replace(scale=scale if self.scale is None else self.scale * scale)
+            return norm(x), self
+        normed, scale = norm.and_scale(x)
+        return normed, self._replace(scale=scale if self.scale is None else self.scale * scale)
 
-    def scaled(self) -> Tensor | None:
-        """The values times their scale [B, T, E]."""
-        if self.values is None or self.scale is None:
-            return self.values
-        return self.values * self.scale.to(self.values.dtype)
+    def behind(self, latent: Tensor) -> Tensor:
+        """latent [B, T, C] and behind it the values times their scale [B, T, C + E], as they are kept."""
+        if self.values is None:
+            return latent
+        values = self.values if self.scale is None else self.values * self.scale.to(self.values.dtype)
+        return torch.cat((latent, values), dim=-1)
 
 
 NOTHING = Own()

@@ -16,7 +16,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if not torch.is_grad_enabled():
         wide = x.to(_wide(x))
         return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(x, weight, eps)[0]
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -37,9 +37,9 @@ def rms_norm_beside_reference(x: Tensor, weight: Tensor, beside: Tensor, share: 
     return (both * inverse_rms_reference(x, eps) * weight.to(both.dtype)).to(x.dtype)
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / √(mean(x²) + eps), what rms_norm multiplies by, in at least FP32: x [..., D] → [..., 1]."""
-    return _InverseRMS.apply(x, eps)
+def rms_norm_and_scale(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """rms_norm(x) [..., D] and what it multiplies by, 1 / √(mean(x²) + eps) [..., 1], in at least FP32."""
+    return _RMSNorm.apply(x, weight, eps)
 
 
 def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:
@@ -60,22 +60,28 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
         wide = x.to(_wide(x))
         scale = _inverse_rms(wide, eps)  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
         normed = wide * scale if wide is x else wide.mul_(scale)
-        return normed.mul_(weight.to(wide.dtype)).to(x.dtype)
+        return normed.mul_(weight.to(wide.dtype)).to(x.dtype), scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        factor, grad = weight.to(scale.dtype), grad.to(scale.dtype)  # two precisions in one operation are slow on a CPU
+        factor = weight.to(scale.dtype)
+        # Two precisions in one operation are slow on a CPU.
+        grad = torch.zeros_like(x, dtype=scale.dtype) if grad is None else grad.to(scale.dtype)
         normed = x * scale if x.dtype == scale.dtype else x.to(scale.dtype).mul_(scale)
         along = grad * normed
         grad_weight = along.flatten(0, -2).sum(dim=0)
         # What points along x does not count: the norm takes it out again.
-        share = (along @ factor)[..., None].div_(x.shape[-1])
+        share = (along @ factor)[..., None]
+        if grad_scale is not None:
+            share.addcmul_(grad_scale, scale)
+        share.div_(x.shape[-1])
         grad_x = torch.mul(grad, factor, out=along).addcmul_(normed, share, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 
@@ -103,19 +109,6 @@ class _RMSNormBeside(torch.autograd.Function):
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), grad_beside, grad_share, None
 
 
-class _InverseRMS(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
-        scale = _inverse_rms(x, eps)
-        ctx.save_for_backward(x, scale)
-        return scale
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        x, scale = ctx.saved_tensors
-        return x * (grad * scale.pow(3)).div_(-x.shape[-1]).to(x.dtype), None
-
-
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_wide(x)).square_()
     return square.div_(x.shape[-1]).add_(eps).rsqrt_()
@@ -124,18 +117,21 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
-        return F.silu(gate).mul_(up)
+        activated = F.silu(gate)
+        # An exponential costs a CPU more than memory does; elsewhere it is the other way round.
+        kept = activated if gate_up.device.type == "cpu" else None
+        ctx.save_for_backward(gate_up, kept)
+        return activated.mul_(up) if kept is None else activated * up
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        (gate_up,) = ctx.saved_tensors
+        gate_up, activated = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)  # both halves are written where they belong, not joined afterwards
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.mul(F.silu(gate), grad, out=grad_up)
+        torch.mul(F.silu(gate) if activated is None else activated, grad, out=grad_up)
         return grad_gate_up
 
 

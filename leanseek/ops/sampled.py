@@ -151,7 +151,10 @@ def sampled_cross_entropy(
             if vocabulary.groups:
                 logits[:, found.frequent :].add_(found.times[found.frequent :].log().to(logits.dtype))
             error = logits.softmax(dim=-1)
-            flat, begins = error.view(-1), torch.arange(0, error.numel(), error.shape[1], device=error.device)  # of rows
+            flat, begins = (
+                error.view(-1),
+                torch.arange(0, error.numel(), error.shape[1], device=error.device),
+            )  # of rows
             target = begins + found.column[wanted.clamp(min=0)]
             wide = torch.promote_types(logits.dtype, torch.float32)
             losses = flat[target].to(wide).clamp(min=torch.finfo(wide).tiny).log().neg() * valid

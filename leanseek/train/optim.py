@@ -197,7 +197,9 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
     out = torch.empty_like(x)
     for piece, result in zip(x.split(at_once), out.split(at_once), strict=True):
         m = (piece.mT if tall else piece).contiguous()
-        norm = torch.linalg.vector_norm(m, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(m.dtype, torch.float32))
+        norm = torch.linalg.vector_norm(
+            m, dim=(-2, -1), keepdim=True, dtype=torch.promote_types(m.dtype, torch.float32)
+        )
         m = m / (norm + 1e-7).to(m.dtype)
         for _ in range(steps):
             gram = m @ m.mT
