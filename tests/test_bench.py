@@ -618,6 +618,26 @@ def test_the_page_and_its_plot(filled: Place, tmp_path: Path) -> None:
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_speeds_of_another_machine_are_kept_and_told(
+    filled: Place, no_speed: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    speed = Item("speed", rows=SMALL_ROWS)
+    of_x = filled.read(speed)
+    assert "On each machine" not in rendered(filled, SMALL_ROWS, scores(filled, SMALL_ROWS, 2.0), 2.0)
+    for row in SMALL_ROWS[:2]:
+        keep(filled, Item("dtype", row), dtype="fp32")
+    monkeypatch.setattr(queue, "machine", lambda: {"cpu": "Y", "cores": 4})
+    for _ in range(2):  # measured again on one machine, the older speeds go
+        queue.do(filled, speed, "")
+    newest, *others = filled.speeds()
+    assert (newest["machine"]["cpu"], others) == ("Y", [of_x])
+    found = scores(filled, SMALL_ROWS, 2.0)
+    assert best_of_each(found)["best-dense"].cpu_seconds_per_token == 2e-4
+    page = rendered(filled, SMALL_ROWS, found, 2.0)
+    assert [line for line in page.splitlines() if "`best-dense` | 200.0 |" in line and line.startswith("| Y, commit")]
+    assert [line for line in page.splitlines() if line.startswith(f"| X, commit {'0' * 12} | `best-dense` | 2000.0 |")]
+
+
 # ── quick ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -87,6 +87,7 @@ The target is what the row `{ORDINARY}` ends with. Track: `{track.name}`.
         + f". Commits: {', '.join(commits)}. "
         + "The last column shows how a row scatters from seed to seed; smaller differences say little.",
     ]
+    parts.append(_machines(place, rows, target))
     if len(found) > len(best):
         parts.append("### Budgets tried\n\n" + _budgets(found))
     parts += [_searches(place, rows), _how_to(command, track.name), _text(place)]
@@ -134,6 +135,31 @@ def _result(best: dict[str, Score], target: float) -> str:
             )
         )
     return _table(head, lines)
+
+
+def _machines(place: Place, rows: tuple[Row, ...], target: float) -> str:
+    """What each machine that speeds were measured on makes of it; nothing where it was only one."""
+    lines, speeds = [], place.speeds()
+    for speed in speeds:
+        best = best_of_each(scores(place, rows, target, speed))
+        for name, score in best.items():
+            lines.append(
+                (
+                    f"{speed['machine']['cpu']}, commit {speed['commit'][:12]}",
+                    f"`{name}`",
+                    f"{1e6 * score.cpu_seconds_per_token:.1f}",
+                    f"**{_number(score.score)}**",
+                    *(f"{score.score / best[peer].score:.3f}" if peer in best else "" for peer in (ORDINARY, BEST)),
+                )
+            )
+    if len(speeds) < 2:
+        return ""
+    head = ("speeds on", "row", "CPU-µs per token", "score (CPU-s)", f"cost ÷ `{ORDINARY}`", f"cost ÷ `{BEST}`")
+    return (
+        "### On each machine\n\nThe same runs and fixed CPU-seconds, with the speeds of the rows as each machine has "
+        "them, the newest first. Units that multiply BF16 faster help those the most that do little else."
+        "\n\n" + _table(head, lines)
+    )
 
 
 def _budgets(found: list[Score]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -43,6 +44,7 @@ from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import read_metrics
 from leanseek.train.pretrain import pretrain
 
+BF16_UNITS = "amx_bf16", "avx512_bf16"  # as Linux calls them
 SEARCH_SHARE = 0.25  # of a full run's tokens
 BEYOND = 4  # points that a search may add beyond its grid, while the best rate is the last one
 
@@ -87,6 +89,11 @@ class Place:
     def receipts(self) -> list[dict[str, Any]]:
         folder = self.out / self.track.name / "receipts"
         return [read_json(path) for path in sorted(folder.glob("*.json"))]
+
+    def speeds(self) -> list[dict[str, Any]]:
+        """The receipts of measured speeds, the newest first, and those of other machines, which are kept."""
+        newest = self.receipt(Item("speed"))
+        return [read_json(path) for path in (newest, *sorted(newest.parent.glob("speed-*.json"))) if path.exists()]
 
 
 def items(place: Place, rows: tuple[Row, ...], compared: tuple[Row, ...], seeds: int) -> list[Item]:
@@ -242,6 +249,8 @@ def do(place: Place, item: Item, command: str) -> None:
         aside = path.parent / "superseded"
         aside.mkdir(exist_ok=True)
         path.rename(aside / f"{path.stem}-{len(list(aside.iterdir()))}.json")
+    elif path.exists() and read_json(path)["machine"] != receipt["machine"]:
+        path.rename(path.with_name(f"speed-{len(place.speeds())}.json"))
     write_json(path, receipt)
 
 
@@ -343,13 +352,14 @@ def commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name and how many cores of it there are."""
-    name = platform.processor() or platform.machine()
+    """The processor's name, with the best unit it has for BF16, and how many cores of it there are."""
+    name, units = platform.processor() or platform.machine(), ""
     described = Path("/proc/cpuinfo")
     if described.exists():
-        lines = [line for line in described.read_text().splitlines() if line.startswith("model name")]
-        name = lines[0].partition(":")[2].strip() if lines else name
-    return {"cpu": name, "cores": os.cpu_count()}
+        told = dict(re.findall(r"^(model name|flags)\s*: (.*)$", described.read_text(), re.MULTILINE))
+        name = told.get("model name", name).strip()
+        units = next((unit for unit in BF16_UNITS if unit in told.get("flags", "").split()), "")
+    return {"cpu": f"{name} ({units})" if units else name, "cores": os.cpu_count()}
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -71,10 +71,15 @@ def target_of(receipts: list[dict[str, Any]], rows: tuple[Row, ...]) -> float | 
     return median(run["bpb"] for run in runs) if runs else None
 
 
-def scores(place: Place, rows: tuple[Row, ...], target: float | None) -> list[Score]:
-    """Every budget that was run of every row whose speed is known, best first within a row."""
+def scores(
+    place: Place, rows: tuple[Row, ...], target: float | None, speed: dict[str, Any] | None = None
+) -> list[Score]:
+    """Every budget that was run of every row whose speed is known, best first within a row.
+
+    `speed` is a receipt of speeds, the newest where it is None.
+    """
     receipts = place.receipts()
-    speed = next((receipt for receipt in receipts if receipt["kind"] == "speed"), None)
+    speed = next(iter(place.speeds()), None) if speed is None else speed
     found = []
     for row in rows:
         of_row = []
