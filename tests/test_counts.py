@@ -19,7 +19,7 @@ from leanseek.data.shards import open_data
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.model.transformer import Transformer
 from leanseek.ops.loss import IGNORE, linear_cross_entropy
-from leanseek.ops.sampled import LIKELY, Vocabulary, by_frequency
+from leanseek.ops.sampled import LIKELY, Vocabulary, by_frequency, sampled_cross_entropy
 from leanseek.train.counts import Counts, counted, counts_of
 from leanseek.train.optim import build_optimizers
 from leanseek.train.pretrain import pretrain
@@ -188,6 +188,13 @@ def test_in_bf16_the_loss_and_its_gradient_are_as_near_as_bf16_is() -> None:
     wide = wide._replace(hidden=narrow.hidden.double(), weight=narrow.weight.double())
     for found, wanted in zip(narrow.told(0.6), wide.wanted(0.6), strict=True):
         assert (found.double() - wanted).norm() < 1e-2 * wanted.norm()
+
+
+def test_a_target_that_is_impossible_has_a_loss_all_the_same() -> None:
+    sure = torch.zeros(10, 1, dtype=torch.float32)
+    sure[3] = 1e4
+    loss = sampled_cross_entropy(torch.ones(2, 1), sure, torch.tensor([3, 4]), by_frequency(torch.ones(10), 10, 0))
+    assert 87 < loss.item() < 88
 
 
 def of_ten(frequent: int, groups: int) -> Vocabulary:

@@ -1,7 +1,10 @@
 """Schedules, optimizers and the training step, against closed forms and slow twins."""
 
 import math
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -48,6 +51,7 @@ TINY = (
     "train.micro_batch=4",
     "train.init_std=0.1",
 )
+LARGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 NOW = Knobs(learning_rate=0.01, batch_tokens=128, bias_speed=0.01, mtp_weight=0.3)
 
 
@@ -459,3 +463,23 @@ def test_a_depth_that_no_document_reaches_adds_nothing() -> None:
     result = train_step(model, build_optimizers(model, config.optimizer), ids, targets, NOW, config)
     assert result.finite
     assert result.mtp_loss == 0
+
+
+# ── a CPU ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TAKES_MEMORY = """
+import torch
+from leanseek.train.cpu import ready_cpu
+ready_cpu()
+kept = torch.ones(1 << 24)  # 64 MiB
+told = open("/proc/self/smaps_rollup").read()
+print(next(int(line.split()[1]) for line in told.splitlines() if line.startswith("AnonHugePages")))
+"""
+
+
+@pytest.mark.skipif(
+    not LARGE_PAGES.exists() or "[never]" in LARGE_PAGES.read_text(), reason="this system has no large pages to give"
+)
+def test_what_a_step_works_in_comes_in_large_pages() -> None:
+    done = subprocess.run([sys.executable, "-c", TAKES_MEMORY], capture_output=True, text=True, check=True)
+    assert int(done.stdout) >= 32 << 10  # KiB: half of it, or more
