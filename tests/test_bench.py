@@ -548,7 +548,8 @@ def keep(place: Place, item: Item, **found: Any) -> None:
     path = place.receipt(item)
     path.parent.mkdir(parents=True, exist_ok=True)
     name = item.row.name if item.row else None
-    about = {"kind": item.kind, "row": name, "seed": item.seed, "commit": "0" * 40, "machine": {"cpu": "X", "cores": 2}}
+    about = {"kind": item.kind, "row": name, "seed": item.seed, "commit": "0" * 40, "finished": "2026-01-01T00:00:00Z"}
+    about["machine"] = {"cpu": "X", "cores": 2}
     path.write_text(json.dumps(about | found))
 
 
@@ -622,20 +623,23 @@ def test_speeds_of_another_machine_are_kept_and_told(
     filled: Place, no_speed: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     speed = Item("speed", rows=SMALL_ROWS)
-    of_x = filled.read(speed)
     assert "On each machine" not in rendered(filled, SMALL_ROWS, scores(filled, SMALL_ROWS, 2.0), 2.0)
-    for row in SMALL_ROWS[:2]:
-        keep(filled, Item("dtype", row), dtype="fp32")
-    monkeypatch.setattr(queue, "machine", lambda: {"cpu": "Y", "cores": 4})
-    for _ in range(2):  # measured again on one machine, the older speeds go
+    (filled.receipt(speed).parent / "speed-run-3072-seed0.json").write_text('{"kind": "run", "row": "speed"}')
+    times = iter(range(10))
+    monkeypatch.setattr(queue.time, "strftime", lambda *_: f"2026-01-0{next(times) + 2}T00:00:00Z")
+    for cpu, told in (("Y", "YX"), ("Y", "YX"), ("Z", "ZYX"), ("Y", "YZX")):
+        monkeypatch.setattr(queue, "machine", lambda cpu=cpu: {"cpu": cpu, "cores": 2})
         queue.do(filled, speed, "")
-    newest, *others = filled.speeds()
-    assert (newest["machine"]["cpu"], others) == ("Y", [of_x])
+        assert [receipt["machine"]["cpu"] for receipt in filled.speeds()] == list(told)
     found = scores(filled, SMALL_ROWS, 2.0)
     assert best_of_each(found)["best-dense"].cpu_seconds_per_token == 2e-4
-    page = rendered(filled, SMALL_ROWS, found, 2.0)
-    assert [line for line in page.splitlines() if "`best-dense` | 200.0 |" in line and line.startswith("| Y, commit")]
-    assert [line for line in page.splitlines() if line.startswith(f"| X, commit {'0' * 12} | `best-dense` | 2000.0 |")]
+    page = rendered(filled, SMALL_ROWS, found, 2.0).splitlines()
+    assert [line for line in page if line.startswith("| Y, 2 cores, commit") and "`best-dense` | 200.0 |" in line]
+    assert f"| X, 2 cores, commit {'0' * 12} | `best-dense` | 2000.0 |" in "".join(line[:70] for line in page)
+    speeds = filled.read(speed)
+    assert speeds is not None
+    speeds["rows"]["best-dense"]["settings"]["layers"] = 7  # those of another row
+    assert "best-dense" not in best_of_each(scores(filled, SMALL_ROWS, 2.0, speeds))
 
 
 # ── quick ─────────────────────────────────────────────────────────────────────────────────────────────────────────

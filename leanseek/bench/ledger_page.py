@@ -140,24 +140,24 @@ def _result(best: dict[str, Score], target: float) -> str:
 def _machines(place: Place, rows: tuple[Row, ...], target: float) -> str:
     """What each machine that speeds were measured on makes of it; nothing where it was only one."""
     lines, speeds = [], place.speeds()
+    if len(speeds) < 2:
+        return ""
     for speed in speeds:
         best = best_of_each(scores(place, rows, target, speed))
         for name, score in best.items():
             lines.append(
                 (
-                    f"{speed['machine']['cpu']}, commit {speed['commit'][:12]}",
+                    f"{speed['machine']['cpu']}, {speed['machine']['cores']} cores, commit {speed['commit'][:12]}",
                     f"`{name}`",
                     f"{1e6 * score.cpu_seconds_per_token:.1f}",
                     f"**{_number(score.score)}**",
                     *(f"{score.score / best[peer].score:.3f}" if peer in best else "" for peer in (ORDINARY, BEST)),
                 )
             )
-    if len(speeds) < 2:
-        return ""
     head = ("speeds on", "row", "CPU-µs per token", "score (CPU-s)", f"cost ÷ `{ORDINARY}`", f"cost ÷ `{BEST}`")
     return (
-        "### On each machine\n\nThe same runs and fixed CPU-seconds, with the speeds of the rows as each machine has "
-        "them, the newest first. Units that multiply BF16 faster help those the most that do little else."
+        "### On each machine\n\nThe same runs with the speeds that each machine had at its commit, the newest first. "
+        "Units that multiply BF16 faster help those rows the most that do little else."
         "\n\n" + _table(head, lines)
     )
 

@@ -44,7 +44,7 @@ from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import read_metrics
 from leanseek.train.pretrain import pretrain
 
-BF16_UNITS = "amx_bf16", "avx512_bf16"  # as Linux calls them
+BF16_UNITS = "amx_bf16", "avx512_bf16"  # of x86, as Linux calls them
 SEARCH_SHARE = 0.25  # of a full run's tokens
 BEYOND = 4  # points that a search may add beyond its grid, while the best rate is the last one
 
@@ -91,9 +91,9 @@ class Place:
         return [read_json(path) for path in sorted(folder.glob("*.json"))]
 
     def speeds(self) -> list[dict[str, Any]]:
-        """The receipts of measured speeds, the newest first, and those of other machines, which are kept."""
-        newest = self.receipt(Item("speed"))
-        return [read_json(path) for path in (newest, *sorted(newest.parent.glob("speed-*.json"))) if path.exists()]
+        """The receipts of measured speeds, one of each machine, the newest first."""
+        found = [receipt for receipt in self.receipts() if receipt["kind"] == "speed"]
+        return sorted(found, key=lambda receipt: str(receipt["finished"]), reverse=True)
 
 
 def items(place: Place, rows: tuple[Row, ...], compared: tuple[Row, ...], seeds: int) -> list[Item]:
@@ -152,8 +152,8 @@ def is_done(place: Place, item: Item) -> bool:
     if item.kind == "speed":
         return all(row.name in receipt["rows"] and same_settings(row, receipt["rows"][row.name]) for row in item.rows)
     assert item.row is not None
-    if item.kind == "dtype":
-        return same_settings(item.row, receipt)
+    if item.kind == "dtype":  # which is faster depends on the machine
+        return same_settings(item.row, receipt) and receipt["machine"] == machine()
     if not same_settings(item.row, receipt, tokens_of(item)):
         return False
     if item.kind == "search":
@@ -249,8 +249,9 @@ def do(place: Place, item: Item, command: str) -> None:
         aside = path.parent / "superseded"
         aside.mkdir(exist_ok=True)
         path.rename(aside / f"{path.stem}-{len(list(aside.iterdir()))}.json")
-    elif path.exists() and read_json(path)["machine"] != receipt["machine"]:
-        path.rename(path.with_name(f"speed-{len(place.speeds())}.json"))
+    elif path.exists() and (other := read_json(path)["machine"]) != receipt["machine"]:
+        path.rename(path.with_name(f"speed-{_as_file_name(other)}.json"))
+        path.with_name(f"speed-{_as_file_name(receipt['machine'])}.json").unlink(missing_ok=True)
     write_json(path, receipt)
 
 
@@ -349,6 +350,10 @@ def commit() -> str:
     where = Path(__file__).parent
     asked = subprocess.run(["git", "-C", str(where), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     return asked.stdout.strip() if asked.returncode == 0 else version("leanseek")
+
+
+def _as_file_name(machine: dict[str, Any]) -> str:
+    return re.sub(r"\W+", "-", f"{machine['cpu']} {machine['cores']}").lower()
 
 
 def machine() -> dict[str, Any]:

@@ -87,6 +87,8 @@ def scores(
         for budget, runs in full_runs(receipts, row).items():
             if target is None or speed is None or row.name not in speed["rows"] or data is None:
                 continue
+            if not same_settings(row, speed["rows"][row.name]):
+                continue
             counted, flops = shape(row)
             # The ordinary control reaches the target at its end, by definition; its seeds scatter around it.
             reached = [

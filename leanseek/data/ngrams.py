@@ -12,7 +12,7 @@ from leanseek.config import BadInput
 
 LARGEST_TABLE = 8192  # ids of a vocabulary whose pairs are kept as a table, 256 MiB
 UNSEEN = 0.5  # occurrences that a token without any is given
-LEAST = 5e-4  # share of a token after a context below which it is left to the shorter context, with its share
+LEAST = 5e-4  # share after a context below which a token is dropped there, its share going to the shorter context
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def _numbers(stream: NDArray[np.int64], n: int, vocabulary: int) -> NDArray[np.i
 def _discounted(n: int, grams: NDArray[np.int64], times: NDArray[np.int64], vocabulary: int, least: float) -> Order:
     """n-grams [P], ascending, and how often each counts → their order, by modified Kneser-Ney discounts.
 
-    Tokens with less than the `least` share after a context are not kept: most of those after frequent contexts, whose
-    cost is that of the others and whose share is next to nothing.
+    Tokens with less than the `least` share are dropped. After frequent contexts they are most of all: each would have
+    to be looked up at every such place, for next to nothing.
     """
     contexts, first = np.unique(grams // vocabulary, return_index=True)
     many = np.diff(first, append=len(grams))

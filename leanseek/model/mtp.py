@@ -57,5 +57,6 @@ class MTPModule(nn.Module):
         cache.append(*self.block.self_attn.compress(normed, rope, own))
 
     def join(self, embedding: Tensor, hidden: Tensor, own: Own) -> tuple[Tensor, Own]:
+        """What the block reads [B, T, D], and what is brought, its values divided as the embedding is."""
         embedded, own = own.through(self.enorm, embedding)
         return self.eh_proj(torch.cat((embedded, self.hnorm(hidden)), dim=-1)), own

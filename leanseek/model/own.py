@@ -30,10 +30,9 @@ class Own(NamedTuple):
 
     def behind(self, latent: Tensor) -> Tensor:
         """latent [B, T, C] and behind it the values times their scale [B, T, C + E], as they are kept."""
-        if self.values is None:
+        if self.values is None or self.scale is None:
             return latent
-        values = self.values if self.scale is None else self.values * self.scale.to(self.values.dtype)
-        return torch.cat((latent, values), dim=-1)
+        return torch.cat((latent, self.values * self.scale.to(self.values.dtype)), dim=-1)
 
 
 NOTHING = Own()

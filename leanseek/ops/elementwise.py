@@ -1,7 +1,7 @@
-"""RMSNorm, its parts, and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
+"""RMSNorm and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
 
 Left to autograd, each of their small steps would write, keep and read again a tensor of the size of the activations.
-Each function has its plain twin beside it, `…_reference`, which is the specification.
+Beside them stand their plain twins, `…_reference`, which are the specification.
 """
 
 from typing import Any
@@ -61,7 +61,6 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        ctx.set_materialize_grads(False)
         wide = x.to(_wide(x))
         scale = _inverse_rms(wide, eps)  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
@@ -69,19 +68,14 @@ class _RMSNorm(torch.autograd.Function):
         return normed.mul_(weight.to(wide.dtype)).to(x.dtype), scale
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, grad_scale: Tensor | None) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor, grad_scale: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
-        factor = weight.to(scale.dtype)
-        # Two precisions in one operation are slow on a CPU.
-        grad = torch.zeros_like(x, dtype=scale.dtype) if grad is None else grad.to(scale.dtype)
+        factor, grad = weight.to(scale.dtype), grad.to(scale.dtype)  # two precisions in one operation are slow on a CPU
         normed = x * scale if x.dtype == scale.dtype else x.to(scale.dtype).mul_(scale)
         along = grad * normed
         grad_weight = along.flatten(0, -2).sum(dim=0)
         # What points along x does not count: the norm takes it out again.
-        share = (along @ factor)[..., None]
-        if grad_scale is not None:
-            share.addcmul_(grad_scale, scale)
-        share.div_(x.shape[-1])
+        share = (along @ factor)[..., None].addcmul_(grad_scale, scale).div_(x.shape[-1])
         grad_x = torch.mul(grad, factor, out=along).addcmul_(normed, share, value=-1).mul_(scale)
         return grad_x.to(x.dtype), grad_weight.to(weight.dtype), None
 

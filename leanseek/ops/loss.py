@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100
@@ -37,7 +38,8 @@ def total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 LossesAndError = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 OfLogits = Callable[[Tensor, bool], tuple[Tensor, Tensor]]  # losses [n] and error [n, S] of logits [n, S]
-OfRows = Callable[[slice], tuple[Tensor | None, OfLogits]]  # of which ids [S] some rows need the logits; None: all
+# Of which ids [S] some rows need the logits, and what is added to each of these; None: all, and nothing.
+OfRows = Callable[[slice], tuple[tuple[Tensor, Tensor] | None, OfLogits]]
 
 
 def linear_cross_entropy(
@@ -149,18 +151,19 @@ class _HeadLoss(torch.autograd.Function):
         narrow = weight.to(hidden.dtype)
         gradient = grad_hidden is not None or grad_weight is not None
         for rows in _pieces(hidden, ids, pieces):
-            some, of_logits = of_rows(rows)
-            part = narrow if some is None else narrow.index_select(0, some)
-            losses, error = of_logits(hidden[rows] @ part.T, gradient)
+            chosen, of_logits = of_rows(rows)
+            part = narrow if chosen is None else narrow.index_select(0, chosen[0])
+            logits = hidden[rows] @ part.T if chosen is None else _product_and(chosen[1], hidden[rows], part)
+            losses, error = of_logits(logits, gradient)
             total = total + losses.sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ part
             if grad_weight is not None:
                 grad = error.T @ hidden[rows]
-                if some is None:
+                if chosen is None:
                     grad_weight += grad
                 else:
-                    grad_weight.index_add_(0, some, grad.to(grad_weight.dtype))
+                    grad_weight.index_add_(0, chosen[0], grad.to(grad_weight.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 
@@ -168,6 +171,18 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         grad_hidden, grad_weight = (None if g is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
         return grad_hidden, grad_weight, None, None, None
+
+
+def _product_and(added: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [n, D] weight [S, D]ᵀ + added [S], rounded once.
+
+    Rounded before and after, a logit in BF16 would err to one side for all that is added alike. So it is two more
+    columns of the product, the second with what the first has rounded off, filled up to eight: GPUs ask for that.
+    """
+    high = added.to(weight.dtype)
+    low = torch.where(high.isfinite(), added - high, 0.0)
+    columns = F.pad(torch.stack((high, low.to(weight.dtype)), dim=1), (0, 6))
+    return F.pad(hidden, (0, 8), value=1.0) @ torch.cat((weight, columns), dim=1).T
 
 
 def _logits(hidden: Tensor, weight: Tensor) -> Tensor:

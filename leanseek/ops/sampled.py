@@ -128,16 +128,15 @@ def sampled_cross_entropy(
     hidden [N, D], weight [V, D] and targets [N] by id. r is the target and, `share` of it, what is expected, which goes
     by number: a run learns from that, while what it tells should be comparable. Where the vocabulary has groups, both
     are estimates, and depend on how the places are divided: on average over the groups Σ exp of the logits is what it
-    is over all tokens. No place's value is above 87 nats, where the probability of its target leaves FP32.
+    is over all tokens. Below FP64 no place's value is above 87 nats: probabilities end there.
     """
     targets = vocabulary.numbers(targets)
     turns = count(first_turn(targets))
 
-    def of_rows(rows: slice) -> tuple[Tensor | None, OfLogits]:
+    def of_rows(rows: slice) -> tuple[tuple[Tensor, Tensor] | None, OfLogits]:
         wanted = targets[rows]
         valid = wanted != IGNORE
-        all_valid = bool(valid.all())
-        asked = wanted[valid]
+        asked, all_valid = wanted[valid], bool(valid.all())
         if expected is not None:
             first = expected.first[rows.start : rows.stop + 1]
             place = torch.repeat_interleave(first.diff())  # [m] of each single token
@@ -146,19 +145,18 @@ def sampled_cross_entropy(
         found = vocabulary.of(asked, next(turns))
 
         def of_logits(logits: Tensor, _: bool) -> tuple[Tensor, Tensor]:
-            """logits [n, S] → the target's losses [n], and p − r [n, S]. All in the logits' precision: what that costs
-            is little beside what sampling does, and in BF16 every pass is of half the bytes."""
-            if vocabulary.groups:
-                logits[:, found.frequent :].add_(found.times[found.frequent :].log().to(logits.dtype))
-            error = logits.softmax(dim=-1)
-            flat, begins = (
-                error.view(-1),
-                torch.arange(0, error.numel(), error.shape[1], device=error.device),
-            )  # of rows
-            target = begins + found.column[wanted.clamp(min=0)]
+            """logits [n, S] → the target's losses [n], and p − r [n, S].
+
+            Where logits are sampled all is in their own precision: in BF16 every pass is of half the bytes, and what
+            is rounded off is little beside what sampling leaves out.
+            """
             wide = torch.promote_types(logits.dtype, torch.float32)
-            losses = flat[target].to(wide).clamp(min=torch.finfo(wide).tiny).log().neg() * valid
-            single, of_single = target, torch.full_like(losses, 1 - share)
+            error = logits.softmax(dim=-1, dtype=logits.dtype if vocabulary.groups else wide)
+            flat = error.view(-1)
+            begins = torch.arange(0, error.numel(), error.shape[1], device=error.device)
+            single = begins + found.column[wanted.clamp(min=0)]
+            losses = flat[single].to(wide).clamp(min=torch.finfo(wide).tiny).log().neg() * valid
+            of_single = torch.full_like(losses, 1 - share)
             if expected is not None:
                 scale = -share * expected.scale[rows, None].to(error.dtype)
                 for columns, part in found.of_base(expected.base, expected.row[rows]):
@@ -168,9 +166,9 @@ def sampled_cross_entropy(
                 single = torch.cat((single, begins[place] + column.clamp(min=0)))
                 of_single = torch.cat((of_single, kept))
             flat.index_add_(0, single, of_single.to(error.dtype), alpha=-1)
-            return losses, error if all_valid else error.mul_(valid[:, None])
+            return losses, (error if all_valid else error.mul_(valid[:, None])).to(logits.dtype)
 
-        return vocabulary.ids[found.tokens] if vocabulary.groups else None, of_logits
+        return (vocabulary.ids[found.tokens], found.times.log()) if vocabulary.groups else None, of_logits
 
     return head_loss(hidden, weight, of_rows, vocabulary.candidates, pieces=max(vocabulary.groups, 1))
 

@@ -27,23 +27,19 @@ def keep_freed_memory() -> bool:
     return mallopt is not None and bool(mallopt(M_MMAP_MAX, 0)) and bool(mallopt(M_TRIM_THRESHOLD, 2**31 - 1))
 
 
-def in_large_pages(room: int) -> bool:
-    """Has the next `room` bytes of the heap come in pages of 2 MiB; False where the system has none to give.
+def in_large_pages(room: int) -> None:
+    """Asks for the next `room` bytes of the heap in pages of 2 MiB, for a process whose heap keeps what is freed.
 
     A step goes through hundreds of megabytes, and with pages of 4 KiB the processor looks most of them up in the page
-    table, twice over in a virtual machine. No memory is used before it is touched.
+    table, twice over in a virtual machine. A page uses no memory before it is touched.
     """
     libc = ctypes.CDLL(None)
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = (
-        ctypes.c_void_p,
-        [ctypes.c_size_t],
-        [ctypes.c_void_p],
-    )
+    libc.malloc.restype = ctypes.c_void_p
+    libc.malloc.argtypes = [ctypes.c_size_t]
+    libc.free.argtypes = [ctypes.c_void_p]
     libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     block: int | None = libc.malloc(room)
-    if block is None:
-        return False
-    first = -(-block // LARGE_PAGE) * LARGE_PAGE
-    advised = libc.madvise(first, block + room - first, MADV_HUGEPAGE) == 0
-    libc.free(block)  # the heap keeps it
-    return bool(advised)
+    if block is not None:
+        first = -(-block // LARGE_PAGE) * LARGE_PAGE
+        libc.madvise(first, block + room - first, MADV_HUGEPAGE)
+        libc.free(block)

@@ -166,7 +166,7 @@ class Muon(Optimizer):
         for (weights, _, group), update, scale in zip(own + shared, updates, scales, strict=True):
             if group["weight_decay"]:
                 weights.mul_(1 - group["lr"] * group["weight_decay"])
-            weights.sub_(update.to(weights.dtype), alpha=scale * group["lr"])
+            weights.sub_(update, alpha=scale * group["lr"])
 
     def _orthogonal(self, stacks: list[Tensor]) -> list[Tensor]:
         """Stacks of matrices [n, r, c]; those of one shape go through one batched orthogonalisation."""

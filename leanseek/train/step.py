@@ -209,10 +209,11 @@ def update(
     grads = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
     norm = norm_of(grads, ranks)
     loss, *further = losses
-    finite = math.isfinite(loss + sum(further) + (divergence or 0.0)) and math.isfinite(norm.item())
-    spike = finite and (loss > limits.loss or norm.item() > limits.grad_norm)
+    grad_norm = norm.item()
+    finite = math.isfinite(loss + sum(further) + (divergence or 0.0)) and math.isfinite(grad_norm)
+    spike = finite and (loss > limits.loss or grad_norm > limits.grad_norm)
     if finite and not spike:
-        if (scale := config.optimizer.clip / (norm.item() + 1e-6)) < 1:
+        if (scale := config.optimizer.clip / (grad_norm + 1e-6)) < 1:
             for grad in grads.values():
                 local(grad).mul_(scale)
         set_learning_rate(optimizers, knobs.learning_rate)
@@ -229,7 +230,7 @@ def update(
         loss=loss,
         mtp_loss=sum(further) / max(len(further), 1),
         balance_loss=balance,
-        grad_norm=norm.item(),
+        grad_norm=grad_norm,
         max_violation=ranks.largest(violation, "pp").item(),
         finite=finite,
         spike=spike,
