@@ -306,6 +306,15 @@ def test_a_sampled_run_costs_fewer_flops_and_learns_as_well(tmp_path: Path) -> N
     assert less < whole + 0.1 * (without - whole)
 
 
+def test_a_run_keeps_its_table_in_the_precision_of_its_logits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Counts | None] = []
+    monkeypatch.setattr("leanseek.train.pretrain.counts_of", lambda *given: made.append(counts_of(*given)) or made[-1])
+    config = read_recipe(str(RECIPE), (*ASKED, "train.dtype=bf16", "train.max_steps=1"))
+    pretrain(config, make_data(tmp_path), tmp_path / "run")
+    assert made[0] is not None
+    assert made[0].base.dtype == torch.bfloat16
+
+
 def test_a_step_learns_from_counts_and_tells_of_the_text() -> None:
     """MTP modules learn from the text alone; micro-batches change nothing."""
     config = read_recipe(str(RECIPE), ("train.balance_loss_alpha=0", "optimizer.name=adamw"))
