@@ -627,8 +627,9 @@ def test_speeds_of_another_machine_are_kept_and_told(
     (filled.receipt(speed).parent / "speed-run-3072-seed0.json").write_text('{"kind": "run", "row": "speed"}')
     times = iter(range(10))
     monkeypatch.setattr(queue.time, "strftime", lambda *_: f"2026-01-0{next(times) + 2}T00:00:00Z")
-    for cpu, told in (("Y", "YX"), ("Y", "YX"), ("Z", "ZYX"), ("Y", "YZX")):
+    for cpu, done, told in (("Y", False, "YX"), ("Y", True, "YX"), ("Z", False, "ZYX"), ("Y", False, "YZX")):
         monkeypatch.setattr(queue, "machine", lambda cpu=cpu: {"cpu": cpu, "cores": 2})
+        assert is_done(filled, speed) == done
         queue.do(filled, speed, "")
         assert [receipt["machine"]["cpu"] for receipt in filled.speeds()] == list(told)
     found = scores(filled, SMALL_ROWS, 2.0)

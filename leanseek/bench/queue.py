@@ -149,11 +149,13 @@ def is_done(place: Place, item: Item) -> bool:
     receipt = place.read(item)
     if receipt is None:
         return False
+    if item.kind in ("dtype", "speed") and receipt["machine"] != machine():
+        return False
     if item.kind == "speed":
         return all(row.name in receipt["rows"] and same_settings(row, receipt["rows"][row.name]) for row in item.rows)
     assert item.row is not None
-    if item.kind == "dtype":  # which is faster depends on the machine
-        return same_settings(item.row, receipt) and receipt["machine"] == machine()
+    if item.kind == "dtype":
+        return same_settings(item.row, receipt)
     if not same_settings(item.row, receipt, tokens_of(item)):
         return False
     if item.kind == "search":
@@ -352,8 +354,8 @@ def commit() -> str:
     return asked.stdout.strip() if asked.returncode == 0 else version("leanseek")
 
 
-def _as_file_name(machine: dict[str, Any]) -> str:
-    return re.sub(r"\W+", "-", f"{machine['cpu']} {machine['cores']}").lower()
+def _as_file_name(of: dict[str, Any]) -> str:
+    return re.sub(r"\W+", "-", f"{of['cpu']} {of['cores']}").lower()
 
 
 def machine() -> dict[str, Any]:

@@ -30,8 +30,9 @@ class Own(NamedTuple):
 
     def behind(self, latent: Tensor) -> Tensor:
         """latent [B, T, C] and behind it the values times their scale [B, T, C + E], as they are kept."""
-        if self.values is None or self.scale is None:
+        if self.values is None:
             return latent
+        assert self.scale is not None  # they have been through the latent's norm
         return torch.cat((latent, self.values * self.scale.to(self.values.dtype)), dim=-1)
 
 

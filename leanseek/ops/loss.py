@@ -23,13 +23,13 @@ def losses_and_error(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[T
     valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
     if not gradient:
         return ((wide.logsumexp(dim=-1, keepdim=True) - wide.gather(1, index)) * valid).squeeze(1), logits
-    total, error = total_and_softmax(wide)
+    total, error = _total_and_softmax(wide)
     losses = ((total - wide.gather(1, index)) * valid).squeeze(1)
     error.scatter_add_(1, index, wide.new_full(index.shape, -1.0)).mul_(valid)
     return losses, error.to(logits.dtype)
 
 
-def total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+def _total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log Σ exp of each row [n, 1] and its softmax [n, V], with one exponential for both: what the softmax makes of the
     largest logit, which it cannot make small, says what it divided by."""
     softmax = logits.softmax(dim=-1)
