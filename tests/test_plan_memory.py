@@ -3,7 +3,6 @@
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,6 +21,7 @@ from leanseek.plan.estimate import STACKS, estimate
 from leanseek.plan.hardware import Hardware
 from leanseek.plan.layout import Layout
 from leanseek.plan.memory import trainer_bytes
+from leanseek.train.cpu import ready_cpu
 from leanseek.train.schedule import Knobs
 from leanseek.train.setup import build, ready
 from leanseek.train.step import train_step
@@ -144,6 +144,7 @@ RUNS = {
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
+    ready_cpu()  # as a run does
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -152,48 +153,43 @@ def one_thread() -> Iterator[None]:
 
 def cpu_seconds(work: Callable[[], object], rounds: int) -> float:
     """CPU time and not the clock's: what else runs on the machine takes turns with us, and is not counted."""
-    seconds = []
+    begun = time.process_time()
     for _ in range(rounds):
-        begun = time.process_time()
         work()
-        seconds.append(time.process_time() - begun)
-    return min(seconds)  # caches are shared with whoever else runs
+    return (time.process_time() - begun) / rounds
 
 
 def this_machine() -> Hardware:
     """Peak and copy rate of one core in FP32; the planner counts two bytes a value, so the rate is halved."""
     x = torch.randn(1024, 1024)
-    flops = 2 * 1024**3 / cpu_seconds(lambda: x @ x, 5)
+    flops = 2 * 1024**3 / cpu_seconds(lambda: x @ x, 8)
     long = torch.ones(1 << 24)
     there = long.clone()
-    moved = 2 * long.numel() * 4 / cpu_seconds(lambda: there.copy_(long), 5)
+    moved = 2 * long.numel() * 4 / cpu_seconds(lambda: there.copy_(long), 8)
     return Hardware("here", flops / 1e12, None, 64, moved / 2 / 1e9, 1, 0, 1, 1, 1)
 
 
 def planned_over_measured(config: Config) -> float:
     """CPU seconds of a training step of two micro-batches, as planned for the machine as it is now ÷ as they are.
 
-    The machine is measured right before and right after the steps, for who else runs there comes and goes; the better
-    of both counts, as it does among the steps.
+    Caches and a core's second thread are shared with whoever else runs there, who comes and goes: the machine is
+    measured right before each step, as long as it takes to suffer as a step does, and the middle of five pairs counts.
     """
     model, optimizers, _ = build(config)
     length, rows = config.stages[0].sequence_length, config.train.micro_batch
     ids = torch.randint(config.model.vocab_size, (2 * rows, length))
     knobs = Knobs(learning_rate=1e-4, batch_tokens=ids.numel(), bias_speed=0.001, mtp_weight=0.3)
+    layout = Layout(1, micro_batch=rows, batch=2 * rows, length=length, muon=config.optimizer.name == "muon")
 
     def step() -> None:
         train_step(model, optimizers, ids, ids.roll(-1), knobs, config)
 
+    def pair() -> float:
+        planned = estimate(config.model, layout, this_machine(), STACKS["leanseek"]).step.seconds
+        return planned / cpu_seconds(step, 1)
+
     step()
-    before, measured, after = this_machine(), cpu_seconds(step, 3), this_machine()
-    machine = replace(
-        before,
-        bf16_tflops=max(before.bf16_tflops, after.bf16_tflops),
-        memory_gb_per_second=max(before.memory_gb_per_second, after.memory_gb_per_second),
-    )
-    layout = Layout(1, micro_batch=rows, batch=2 * rows, length=length, muon=config.optimizer.name == "muon")
-    planned = estimate(config.model, layout, machine, STACKS["leanseek"]).step.seconds
-    return planned / measured
+    return median(pair() for _ in range(5))
 
 
 def test_time_of_real_training_steps_is_foreseen(one_thread: None) -> None:
