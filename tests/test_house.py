@@ -58,6 +58,7 @@ NAMES_TORCH_DISTRIBUTED = ("parallel", "checkpoint")
 HEAVY = {"torch", "numpy", "tokenizers", "safetensors", "matplotlib", "jinja2", "fastapi", "uvicorn", "zstandard"} | {
     "nh3",
     "markdown_it",
+    "numba",
     "prometheus_client",
     "llguidance",
 }

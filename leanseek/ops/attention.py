@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops import cpu_kernels
+
 # Up to this many keys a CPU holds all scores of a row of text in its cache, and a few large matmuls over them are
 # faster than PyTorch's flash kernel there, above all backward.
 FEW_KEYS = 512
@@ -60,19 +62,28 @@ class _FewKeys(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None) -> Tensor:
         heads = q.shape[:2]
         q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B·H, T or S, width]
+        ctx.scale, ctx.causal = scale, mask is None
+        if mask is None and cpu_kernels.takes(q):
+            p = cpu_kernels.causal_softmax(torch.bmm(q, k.mT), scale)
+            ctx.save_for_backward(q, k, v, p)
+            return torch.bmm(p, v).unflatten(0, heads)
         if mask is None:
             mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()
         closed = torch.zeros(mask.shape, dtype=q.dtype, device=q.device).masked_fill_(~mask, -math.inf)
         closed = closed.expand(*heads, -1, -1).flatten(0, -3) if closed.dim() > 2 else closed
         p = torch.baddbmm(closed, q, k.mT, alpha=scale).softmax(dim=-1)  # [B·H, T, S]
         ctx.save_for_backward(q, k, v, p)
-        ctx.scale = scale
         return torch.bmm(p, v).unflatten(0, heads)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         q, k, v, p = ctx.saved_tensors
         heads, grad = grad.shape[:2], grad.flatten(0, 1)
-        grad_scores = torch.ops.aten._softmax_backward_data(torch.bmm(grad, v.mT), p, -1, p.dtype)
+        grad_p = torch.bmm(grad, v.mT)
+        if ctx.causal and cpu_kernels.takes(grad_p, p):
+            grad_scores = cpu_kernels.causal_softmax_backward(grad_p, p, ctx.scale)
+            grads = grad_scores @ k, grad_scores.mT @ q, p.mT @ grad
+            return *(g.unflatten(0, heads) for g in grads), None, None
+        grad_scores = torch.ops.aten._softmax_backward_data(grad_p, p, -1, p.dtype)
         grads = (grad_scores @ k).mul_(ctx.scale), (grad_scores.mT @ q).mul_(ctx.scale), p.mT @ grad
         return *(g.unflatten(0, heads) for g in grads), None, None

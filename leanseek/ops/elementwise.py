@@ -1,7 +1,8 @@
 """RMSNorm and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
 
 Left to autograd, each of their small steps would write, keep and read again a tensor of the size of the activations.
-Beside them stand their plain twins, `…_reference`, which are the specification.
+On a CPU, in BF16, they are `cpu_kernels`. Beside them stand their plain twins, `…_reference`, which are the
+specification.
 """
 
 from typing import Any
@@ -10,10 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops import cpu_kernels
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps) over the last dim, in at least FP32: x [..., D], weight [D] → [..., D]."""
     if not torch.is_grad_enabled():
+        if cpu_kernels.takes(x):
+            return cpu_kernels.rms_norm(x, weight, eps)[0]
         wide = x.to(_wide(x))
         return F.rms_norm(wide, weight.shape, weight.to(wide.dtype), eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)[0]
@@ -48,8 +53,6 @@ def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) · up of [..., 2F], gate first → [..., F]."""
-    if not torch.is_grad_enabled():
-        return swiglu_reference(gate_up)
     return _SwiGLU.apply(gate_up)
 
 
@@ -61,6 +64,10 @@ def swiglu_reference(gate_up: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        if cpu_kernels.takes(x):
+            normed, scale = cpu_kernels.rms_norm(x, weight, eps)
+            ctx.save_for_backward(x, weight, scale)
+            return normed, scale
         wide = x.to(_wide(x))
         scale = _inverse_rms(wide, eps)  # [..., 1]
         ctx.save_for_backward(x, weight, scale)
@@ -70,6 +77,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor, grad_scale: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, scale = ctx.saved_tensors
+        if cpu_kernels.takes(x, grad):
+            return *cpu_kernels.rms_norm_backward(grad, grad_scale, x, weight, scale)[:2], None
         factor, grad = weight.to(scale.dtype), grad.to(scale.dtype)  # two precisions in one operation are slow on a CPU
         normed = x * scale if x.dtype == scale.dtype else x.to(scale.dtype).mul_(scale)
         along = grad * normed
@@ -83,14 +92,21 @@ class _RMSNorm(torch.autograd.Function):
 class _RMSNormBeside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, beside: Tensor, share: Tensor, eps: float) -> Tensor:
+        if cpu_kernels.takes(x, beside):
+            normed, scale = cpu_kernels.rms_norm(x, weight, eps, beside, share.item())
+            ctx.save_for_backward(x, weight, beside, share, scale)
+            return normed
         scale = _inverse_rms(x, eps)
         ctx.save_for_backward(x, weight, beside, share, scale)
         normed = (beside * share.to(scale.dtype)).add_(x).mul_(scale)
         return normed.mul_(weight.to(scale.dtype)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, beside, share, scale = ctx.saved_tensors
+        if cpu_kernels.takes(x, beside, grad):
+            *grads, grad_share = cpu_kernels.rms_norm_backward(grad, None, x, weight, scale, beside, share.item())
+            return *grads, grad_share.to(share.dtype), None
         factor, part, grad = weight.to(scale.dtype), share.to(scale.dtype), grad.to(scale.dtype)
         wide, wide_beside = x.to(scale.dtype), beside.to(scale.dtype)
         along = torch.mul(wide_beside, part).add_(wide).mul_(scale).mul_(grad)
@@ -111,21 +127,19 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_up: Tensor) -> Tensor:
-        gate, up = gate_up.chunk(2, dim=-1)
-        activated = F.silu(gate)
-        # An exponential costs a CPU more than memory does; elsewhere it is the other way round.
-        kept = activated if gate_up.device.type == "cpu" else None
-        ctx.save_for_backward(gate_up, kept)
-        return activated.mul_(up) if kept is None else activated * up
+        ctx.save_for_backward(gate_up)
+        return cpu_kernels.swiglu(gate_up) if cpu_kernels.takes(gate_up) else swiglu_reference(gate_up)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        gate_up, activated = ctx.saved_tensors
+        (gate_up,) = ctx.saved_tensors
+        if cpu_kernels.takes(gate_up, grad):
+            return cpu_kernels.swiglu_backward(grad, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         grad_gate_up = torch.empty_like(gate_up)  # both halves are written where they belong, not joined afterwards
         grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
         torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=grad_gate)
-        torch.mul(F.silu(gate) if activated is None else activated, grad, out=grad_up)
+        torch.mul(F.silu(gate), grad, out=grad_up)
         return grad_gate_up
 
 

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops import cpu_kernels
+
 # BF16 on a CPU: oneDNN makes code for every new shape, so shapes must recur, and it multiplies equal blocks in one call
 # twice as fast as groups of any size. Rows of padding cost less than either.
 BLOCK = 64
@@ -122,6 +124,8 @@ class _Unpermute(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         rows, weights = ctx.saved_tensors
         place, source = ctx.layout.place, ctx.layout.source
+        if cpu_kernels.takes(rows, weights, grad):
+            return *cpu_kernels.unpermute_backward(grad, rows, weights, place), None
         by_row = weights.new_zeros(rows.shape[0]).scatter_(0, place.flatten(), weights.flatten())  # 0 for padding
         spread = grad.index_select(0, source)  # [P, D]
         along = torch.linalg.vecdot(spread, rows) if rows.dtype != torch.bfloat16 else (spread * rows).sum(dim=-1)

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from leanseek.ops import cpu_kernels
+
 IGNORE = -100
 _LOGITS_AT_ONCE = 1 << 27  # values of the logits held at a time: 256 MiB in BF16, 1,000 rows of V3's vocabulary
 _LOGITS_IN_CACHE = 1 << 20  # and on a CPU, where several passes go over them
@@ -19,6 +21,8 @@ _LOGITS_IN_CACHE = 1 << 20  # and on a CPU, where several passes go over them
 def losses_and_error(logits: Tensor, targets: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
     """logits [N, V], targets [N] → −log p of each target in nats [N] in at least FP32, 0 where it is IGNORE; and, where
     a `gradient` is asked for, d loss / d logits [N, V] in the logits' precision. The logits may be overwritten."""
+    if gradient and cpu_kernels.takes(logits):
+        return cpu_kernels.cross_entropy(logits, targets), logits
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
     valid, index = (targets != IGNORE)[:, None], targets.clamp(min=0)[:, None]
     if not gradient:
@@ -38,8 +42,8 @@ def _total_and_softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 LossesAndError = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor]]
 OfLogits = Callable[[Tensor, bool], tuple[Tensor, Tensor]]  # losses [n] and error [n, S] of logits [n, S]
-# Of which ids [S] some rows need the logits, and what is added to each of these; None: all, and nothing.
-OfRows = Callable[[slice], tuple[tuple[Tensor, Tensor] | None, OfLogits]]
+# Of which ids [S] some rows need the logits, and what is added to each of these, if anything; None: all, and nothing.
+OfRows = Callable[[slice], tuple[tuple[Tensor, Tensor | None] | None, OfLogits]]
 
 
 def linear_cross_entropy(
@@ -144,26 +148,27 @@ def head_loss(hidden: Tensor, weight: Tensor, of_rows: OfRows, ids: float | None
 
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows, ids: int, pieces: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, of_rows: OfRows, many: int, pieces: int) -> Tensor:
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         total = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
         narrow = weight.to(hidden.dtype)
         gradient = grad_hidden is not None or grad_weight is not None
-        for rows in _pieces(hidden, ids, pieces):
+        for rows in _pieces(hidden, many, pieces):
             chosen, of_logits = of_rows(rows)
-            part = narrow if chosen is None else narrow.index_select(0, chosen[0])
-            logits = hidden[rows] @ part.T if chosen is None else _product_and(chosen[1], hidden[rows], part)
+            ids, added = chosen or (None, None)
+            part = narrow if ids is None else narrow.index_select(0, ids)
+            logits = hidden[rows] @ part.T if added is None else _product_and(added, hidden[rows], part)
             losses, error = of_logits(logits, gradient)
             total = total + losses.sum()
             if grad_hidden is not None:
                 grad_hidden[rows] = error @ part
             if grad_weight is not None:
                 grad = error.T @ hidden[rows]
-                if chosen is None:
+                if ids is None:
                     grad_weight += grad
                 else:
-                    grad_weight.index_add_(0, chosen[0], grad.to(grad_weight.dtype))
+                    grad_weight.index_add_(0, ids, grad.to(grad_weight.dtype))
         ctx.save_for_backward(grad_hidden, grad_weight)
         return total
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from leanseek.ops import cpu_kernels
 from leanseek.ops.loss import IGNORE, OfLogits, head_loss
 
 LIKELY = 0.02  # a token of which a longer context leads to expect so much at a place is a candidate of its piece
@@ -43,16 +44,21 @@ class Candidates(NamedTuple):
     frequent: int
     group: slice
 
+    @property
+    def beyond(self) -> Tensor:
+        """The tokens that are neither frequent nor of the group."""
+        return self.tokens[self.frequent + self.group.stop - self.group.start :]
+
     def of_base(self, base: Tensor, row: Tensor) -> Iterator[tuple[slice, Tensor]]:
         """What base [R, V] has in each of the rows [n] for what all candidates stand for, in three parts, with their
         columns."""
-        end = self.frequent + self.group.stop - self.group.start
+        end = len(self.tokens) - len(self.beyond)
         times = self.times.to(base.dtype)
         yield slice(0, self.frequent), base[:, : self.frequent].index_select(0, row)
         if end > self.frequent:
             yield slice(self.frequent, end), base[:, self.group].index_select(0, row).mul_(times[self.frequent : end])
         if end < len(times):
-            at = row[:, None] * base.shape[1] + self.tokens[end:]
+            at = row[:, None] * base.shape[1] + self.beyond
             yield slice(end, len(times)), base.view(-1).index_select(0, at.view(-1)).view_as(at).mul_(times[end:])
 
 
@@ -132,17 +138,17 @@ def sampled_cross_entropy(
     """
     targets = vocabulary.numbers(targets)
     turns = count(first_turn(targets))
+    if expected is None:
+        expected, share = _nothing(targets, len(vocabulary.ids), hidden.dtype), 0.0
+    at_once = cpu_kernels.takes(hidden, expected.base)
 
-    def of_rows(rows: slice) -> tuple[tuple[Tensor, Tensor] | None, OfLogits]:
+    def of_rows(rows: slice) -> tuple[tuple[Tensor, Tensor | None] | None, OfLogits]:
         wanted = targets[rows]
         valid = wanted != IGNORE
-        asked, all_valid = wanted[valid], bool(valid.all())
-        if expected is not None:
-            first = expected.first[rows.start : rows.stop + 1]
-            place = torch.repeat_interleave(first.diff())  # [m] of each single token
-            tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
-            asked = torch.cat((asked, tokens[shares >= LIKELY]))
-        found = vocabulary.of(asked, next(turns))
+        first = expected.first[rows.start : rows.stop + 1]
+        tokens, shares = (each[first[0] : first[-1]] for each in (expected.tokens, expected.shares))
+        found = vocabulary.of(torch.cat((wanted[valid], tokens[shares >= LIKELY])), next(turns))
+        target, single = found.column[wanted.clamp(min=0)], found.column[tokens]
 
         def of_logits(logits: Tensor, _: bool) -> tuple[Tensor, Tensor]:
             """logits [n, S] → the target's losses [n], and p − r [n, S].
@@ -154,23 +160,38 @@ def sampled_cross_entropy(
             error = logits.softmax(dim=-1, dtype=logits.dtype if vocabulary.groups else wide)
             flat = error.view(-1)
             begins = torch.arange(0, error.numel(), error.shape[1], device=error.device)
-            single = begins + found.column[wanted.clamp(min=0)]
-            losses = flat[single].to(wide).clamp(min=torch.finfo(wide).tiny).log().neg() * valid
-            of_single = torch.full_like(losses, 1 - share)
-            if expected is not None:
+            losses = flat[begins + target].to(wide).clamp(min=torch.finfo(wide).tiny).log().neg() * valid
+            if share:
                 scale = -share * expected.scale[rows, None].to(error.dtype)
                 for columns, part in found.of_base(expected.base, expected.row[rows]):
                     error[:, columns].addcmul_(part.to(error.dtype), scale)
-                column = found.column[tokens]
-                kept = share * shares * found.times[column] * (column >= 0)
-                single = torch.cat((single, begins[place] + column.clamp(min=0)))
-                of_single = torch.cat((of_single, kept))
-            flat.index_add_(0, single, of_single.to(error.dtype), alpha=-1)
-            return losses, (error if all_valid else error.mul_(valid[:, None])).to(logits.dtype)
+            place = torch.repeat_interleave(first.diff())  # [m] of each single token
+            at = torch.cat((begins + target, begins[place] + single.clamp(min=0)))
+            kept = share * shares * found.times[single] * (single >= 0)
+            of_single = torch.cat((torch.full_like(losses, 1 - share), kept.to(wide)))
+            flat.index_add_(0, at, of_single.to(error.dtype), alpha=-1)
+            return losses, error.mul_(valid[:, None]).to(logits.dtype)
 
-        return (vocabulary.ids[found.tokens], found.times.log()) if vocabulary.groups else None, of_logits
+        def of_logits_at_once(logits: Tensor, _: bool) -> tuple[Tensor, Tensor]:
+            """The same, every logit with what it stands for."""
+            of_base = expected.base, expected.row[rows], expected.scale[rows]
+            of_single = first - first[0], single, shares
+            wish = cpu_kernels.Wish(torch.where(valid, target, -1), share, *of_base, *of_single)
+            return cpu_kernels.errors(logits, found.times, found.frequent, found.group, found.beyond, wish), logits
+
+        of = of_logits_at_once if at_once else of_logits
+        if not vocabulary.groups:
+            return None, of
+        return (vocabulary.ids[found.tokens], None if at_once else found.times.log()), of
 
     return head_loss(hidden, weight, of_rows, vocabulary.candidates, pieces=max(vocabulary.groups, 1))
+
+
+def _nothing(targets: Tensor, ids: int, dtype: torch.dtype) -> Expected:
+    """Expected at the places of targets [N]: nothing."""
+    none = targets.new_zeros(len(targets) + 1)
+    base, scale = targets.new_zeros(1, ids, dtype=dtype), targets.new_zeros(len(targets), dtype=torch.float32)
+    return Expected(base, none[1:], scale, none, none[:0], scale[:0])
 
 
 def first_turn(targets: Tensor) -> int:

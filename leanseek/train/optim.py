@@ -202,7 +202,7 @@ def orthogonalise(x: Tensor, steps: int) -> Tensor:
         )
         m = m / (norm + 1e-7).to(m.dtype)
         for _ in range(steps):
-            gram = m @ m.mT
+            gram = torch.bmm(m, m.mT)
             m = torch.baddbmm(m, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), m, beta=a)
         result.copy_(m.mT if tall else m)
     return out

@@ -1,0 +1,430 @@
+"""What PyTorch does in many passes on a CPU, in one: norms, SwiGLU, causal softmax, the errors of logits. In BF16.
+
+Beside a processor's matrix units such passes are most of what a step costs, and they cost a part while a row stays in
+the first cache until all is done to it. Numba compiles a function when it is first called and keeps it for later
+processes. It does not know BF16, so 16 bits are widened to FP32 by hand, and the result is rounded once.
+
+The functions of `elementwise`, `attention`, `experts`, `loss` and `sampled` call these where `takes` says so, and what
+they do elsewhere is the specification.
+
+n rows · D width · F width of an expert · T tokens in a row · S candidates · V vocabulary · N tokens · K experts each.
+"""
+
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numba import njit
+from numpy.typing import NDArray
+from torch import Tensor
+
+T = TypeVar("T")
+
+ENOUGH = 1 << 17  # values that are worth a thread
+HALF, ONE, TOP = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
+LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+LOWEST = np.float32(-87.0)
+
+# Sums may be taken in any order, which lets a processor take sixteen terms at once. NaN and infinity stay as they are.
+_how: dict[str, Any] = {
+    "nogil": True,
+    "error_model": "numpy",
+    "fastmath": {"reassoc", "contract", "arcp", "nsz"},
+}
+inlined = njit(inline="always", **_how)
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    try:
+        return njit(cache=True, **_how)(function)
+    except RuntimeError:  # there is no folder to keep it in
+        return njit(**_how)(function)
+
+
+def takes(*tensors: Tensor) -> bool:
+    """Whether tensors are for the functions here: plain ones in BF16 on a CPU, one value behind the other."""
+    return not torch.compiler.is_compiling() and all(
+        type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel()
+        for x in tensors
+    )
+
+
+# ── what the model calls ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, beside: Tensor | None = None, share: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """weight · (x + share · beside) · scale [..., D] and scale [..., 1] in FP32, 1 / √(mean(x²) + eps)."""
+    out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    rows = _bits(x), _bits(x if beside is None else beside), _bits(out)
+    numbers = np.float32(share), _floats(weight), np.float32(eps), _floats(scale)
+    _in_parts(x, lambda first, last: _norm(first, last, *rows, *numbers))
+    return out, scale
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    grad_scale: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    beside: Tensor | None = None,
+    share: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of x, weight, beside and, in FP32, share [1], of those of `rms_norm`'s results."""
+    grad_x, grad_beside = torch.empty_like(x), None if beside is None else torch.empty_like(x)
+    of_scale = torch.zeros_like(scale) if grad_scale is None else grad_scale
+    rows = _bits(grad), _bits(x), _bits(x if beside is None else beside)
+    results = _bits(grad_x), _bits(grad_x if grad_beside is None else grad_beside)
+    numbers = np.float32(share), _floats(weight), _floats(scale), _floats(of_scale)
+
+    def part(first: int, last: int) -> NDArray[np.float32]:
+        sums = np.zeros(x.shape[-1] + 1, np.float32)
+        (_norm_backward if beside is None else _norm_beside_backward)(first, last, *rows, *numbers, *results, sums)
+        return sums
+
+    sums = torch.from_numpy(np.add.reduce(_in_parts(x, part)))
+    return grad_x, sums[:-1].to(weight.dtype), grad_beside, sums[-1:]
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """SiLU(gate) · up of [..., 2F], gate first → [..., F]."""
+    out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
+    rows = _bits(gate_up), _bits(out)
+    _in_parts(out, lambda first, last: _swiglu(first, last, *rows))
+    return out
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of gate and up [..., 2F]; their exponentials are taken once more, which here costs less than
+    keeping them."""
+    grad_gate_up = torch.empty_like(gate_up)
+    rows = _bits(grad), _bits(gate_up), _bits(grad_gate_up)
+    _in_parts(grad, lambda first, last: _swiglu_backward(first, last, *rows))
+    return grad_gate_up
+
+
+def causal_softmax(scores: Tensor, scale: float) -> Tensor:
+    """scores [n, T, T] become softmax(scale · scores) over the keys up to each query's own, 0 beyond."""
+    length, bits, factor = scores.shape[-1], _bits(scores), np.float32(scale)
+    _in_parts(scores, lambda first, last: _causal_softmax(first, last, bits, length, factor))
+    return scores
+
+
+def causal_softmax_backward(grad: Tensor, p: Tensor, scale: float) -> Tensor:
+    """grad [n, T, T] of p = `causal_softmax`(scores, scale) becomes that of the scores."""
+    length, bits, factor = p.shape[-1], (_bits(grad), _bits(p)), np.float32(scale)
+    _in_parts(grad, lambda first, last: _causal_softmax_backward(first, last, *bits, length, factor))
+    return grad
+
+
+def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of rows [P, D] and weights [N, K] of Σₖ weights[n, k] · rows[place[n, k]], whose own is [N, D]."""
+    grad_rows, grad_weights = torch.zeros_like(rows), torch.empty_like(weights)
+    bits = [_bits(x) for x in (grad, rows, weights, grad_rows, grad_weights)]
+    where = place.numpy()
+    _in_parts(grad, lambda first, last: _unpermute_backward(first, last, *bits, where))
+    return grad_rows, grad_weights
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits [n, V] become p − 1 at the target, p elsewhere, 0 where the target [n] is below 0; returns −log p of each
+    target in nats [n] in FP32, or 0."""
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    rows = _bits(logits), losses.numpy(), targets.numpy()
+    _in_parts(logits, lambda first, last: _cross_entropy(first, last, *rows))
+    return losses
+
+
+class Wish(NamedTuple):
+    """What the probabilities of n rows should be: `share` of it what a table and single candidates say, the rest the
+    target.
+
+    q(candidate j | row i) = scale[i] · times[j] · base[row[i], token of j], and more for the candidates single[k], k
+    from first[i] to before first[i + 1]: times · shares[k].
+    """
+
+    target: Tensor  # [n] a candidate; below 0 where there is none
+    share: float
+    base: Tensor  # [R, V]
+    row: Tensor  # [n]
+    scale: Tensor  # [n]
+    first: Tensor  # [n + 1]
+    single: Tensor  # [m] below 0: no candidate
+    shares: Tensor  # [m]
+
+
+def errors(logits: Tensor, times: Tensor, frequent: int, group: slice, beyond: Tensor, wish: Wish) -> Tensor:
+    """logits [n, S] become p − what is wished; returns −log p of each target in nats [n] in FP32.
+
+    Candidates are the first `frequent` tokens, those of the `group`, and those `beyond`, and stand for so many `times`
+    [S] tokens like them.
+    """
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    rows = _bits(logits), losses.numpy(), wish.target.numpy()
+    candidates = times.numpy(), frequent, group.start, beyond.numpy()
+    wished = np.float32(wish.share), _bits(wish.base), *(x.numpy() for x in wish[3:])
+    _in_parts(logits, lambda first, last: _errors(first, last, *rows, *candidates, *wished))
+    return losses
+
+
+# ── on all threads ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _in_parts(x: Tensor, work: Callable[[int, int], T]) -> list[T]:
+    """What `work` makes of each part of x's rows, from the first to before the last: a part for each of PyTorch's
+    threads, where there is enough to do."""
+    rows = x.numel() // x.shape[-1]
+    parts = min(torch.get_num_threads(), -(-x.numel() // ENOUGH))
+    if parts == 1:
+        return [work(0, rows)]
+    cuts = [rows * k // parts for k in range(parts + 1)]
+    others = [_threads(os.getpid(), parts - 1).submit(work, *cuts[k : k + 2]) for k in range(1, parts)]
+    return [work(0, cuts[1]), *(other.result() for other in others)]
+
+
+@lru_cache(maxsize=1)
+def _threads(process: int, many: int) -> ThreadPoolExecutor:
+    """A forked process has none of its parent's threads."""
+    return ThreadPoolExecutor(many)
+
+
+def _bits(x: Tensor) -> NDArray[np.uint16]:
+    """BF16 as it lies in memory, [n, width]."""
+    bits: NDArray[np.uint16] = x.detach().view(torch.uint16).view(-1, x.shape[-1]).numpy()
+    return bits
+
+
+def _floats(x: Tensor) -> NDArray[np.float32]:
+    floats: NDArray[np.float32] = x.detach().to(torch.float32).flatten().numpy()
+    return floats
+
+
+# ── a value ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@inlined
+def _wide(bits):
+    return np.uint32(np.uint32(bits) << TOP).view(np.float32)
+
+
+@inlined
+def _narrow(x):
+    """To the nearest, ties to even."""
+    bits = np.float32(x).view(np.uint32)
+    return np.uint16(np.uint32(bits + HALF + (np.uint32(bits >> TOP) & ONE)) >> TOP)
+
+
+@inlined
+def _exp(x):
+    """To FP32's last places, by Cephes' polynomial, of x up to 88; below −87 as of −87. NaN stays."""
+    x = LOWEST if x < LOWEST else x
+    n = np.floor(x * LOG2_E + np.float32(0.5))
+    r = x - n * LN2_HIGH - n * LN2_LOW
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    p = p * r * r + r + np.float32(1.0)
+    return p * np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
+
+
+@inlined
+def _sigmoid(x):
+    found = np.float32(1.0) / (np.float32(1.0) + _exp(-x if x > LOWEST else -LOWEST))
+    return np.float32(0.0) if x < LOWEST else found
+
+
+@inlined
+def _ordered(bits):
+    """BF16's bits as a whole number that grows with the value; and the other way round."""
+    bits = np.int16(bits)
+    return np.int16(bits ^ np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF)))
+
+
+@inlined
+def _largest(row):
+    """In whole numbers, for of floating ones a compiler takes one maximum after the other. NaN may be overlooked: whoever
+    adds up exponentials has it in the sum."""
+    most = np.int16(-32768)
+    for j in range(len(row)):
+        each = _ordered(row[j])
+        most = each if each > most else most
+    return _wide(np.uint16(_ordered(most)))
+
+
+# ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@compiled
+def _norm(first, last, x, beside, out, share, weight, eps, scale):
+    width = x.shape[1]
+    for i in range(first, last):
+        squares = np.float32(0.0)
+        for j in range(width):
+            a = _wide(x[i, j])
+            squares += a * a
+        r = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
+        scale[i] = r
+        for j in range(width):
+            out[i, j] = _narrow((_wide(x[i, j]) + share * _wide(beside[i, j])) * r * weight[j])
+
+
+@compiled
+def _norm_backward(first, last, grad, x, beside, share, weight, scale, grad_scale, grad_x, grad_beside, sums):
+    """`sums` gets the weight's gradient."""
+    width = x.shape[1]
+    for i in range(first, last):
+        r, along = scale[i], np.float32(0.0)
+        for j in range(width):
+            both = _wide(x[i, j]) * _wide(grad[i, j])
+            sums[j] += both * r
+            along += both * weight[j]
+        # What points along x does not count: the norm takes it out again.
+        back = (along + grad_scale[i]) * r * r * r / np.float32(width)
+        for j in range(width):
+            grad_x[i, j] = _narrow(_wide(grad[i, j]) * weight[j] * r - back * _wide(x[i, j]))
+
+
+@compiled
+def _norm_beside_backward(first, last, grad, x, beside, share, weight, scale, grad_scale, grad_x, grad_beside, sums):
+    """`sums` gets the gradients of weight and share."""
+    width = x.shape[1]
+    for i in range(first, last):
+        r, along, of_share = scale[i], np.float32(0.0), np.float32(0.0)
+        for j in range(width):
+            both = (_wide(x[i, j]) + share * _wide(beside[i, j])) * _wide(grad[i, j])
+            sums[j] += both * r
+            along += both * weight[j]
+        back = (along + grad_scale[i]) * r * r * r / np.float32(width)
+        for j in range(width):
+            of_both, other = _wide(grad[i, j]) * weight[j] * r, _wide(beside[i, j])
+            of_share += of_both * other
+            grad_x[i, j] = _narrow(of_both - back * _wide(x[i, j]))
+            grad_beside[i, j] = _narrow(of_both * share)
+        sums[width] += of_share
+
+
+@compiled
+def _swiglu(first, last, gate_up, out):
+    width = out.shape[1]
+    for i in range(first, last):
+        for j in range(width):
+            gate = _wide(gate_up[i, j])
+            out[i, j] = _narrow(gate * _sigmoid(gate) * _wide(gate_up[i, width + j]))
+
+
+@compiled
+def _swiglu_backward(first, last, grad, gate_up, grad_gate_up):
+    width = grad.shape[1]
+    for i in range(first, last):
+        for j in range(width):
+            gate, up, g = _wide(gate_up[i, j]), _wide(gate_up[i, width + j]), _wide(grad[i, j])
+            sigmoid = _sigmoid(gate)
+            grad_gate_up[i, j] = _narrow(g * up * sigmoid * (np.float32(1.0) + gate * (np.float32(1.0) - sigmoid)))
+            grad_gate_up[i, width + j] = _narrow(g * gate * sigmoid)
+
+
+@compiled
+def _causal_softmax(first, last, scores, length, scale):
+    for i in range(first, last):
+        keys = i % length + 1
+        p = scores[i, :keys]
+        largest, total = _largest(p), np.float32(0.0)
+        for j in range(keys):
+            total += _exp((_wide(p[j]) - largest) * scale)
+        part = np.float32(1.0) / total
+        for j in range(keys):
+            p[j] = _narrow(_exp((_wide(p[j]) - largest) * scale) * part)
+        scores[i, keys:] = np.uint16(0)
+
+
+@compiled
+def _causal_softmax_backward(first, last, grad, p, length, scale):
+    for i in range(first, last):
+        keys = i % length + 1
+        back, own, along = grad[i, :keys], p[i, :keys], np.float32(0.0)
+        for j in range(keys):
+            along += _wide(back[j]) * _wide(own[j])
+        for j in range(keys):
+            back[j] = _narrow((_wide(back[j]) - along) * _wide(own[j]) * scale)
+        grad[i, keys:] = np.uint16(0)
+
+
+@compiled
+def _unpermute_backward(first, last, grad, rows, weights, grad_rows, grad_weights, place):
+    width = grad.shape[1]
+    for i in range(first, last):
+        for k in range(place.shape[1]):
+            row, into, weight, along = rows[place[i, k]], grad_rows[place[i, k]], _wide(weights[i, k]), np.float32(0.0)
+            for j in range(width):
+                g = _wide(grad[i, j])
+                along += g * _wide(row[j])
+                into[j] = _narrow(g * weight)
+            grad_weights[i, k] = _narrow(along)
+
+
+@compiled
+def _cross_entropy(first, last, logits, losses, target):
+    p = np.empty(logits.shape[1], np.float32)
+    for i in range(first, last):
+        row = logits[i]
+        if target[i] < 0:
+            losses[i] = np.float32(0.0)
+            row[:] = np.uint16(0)
+            continue
+        largest, total = _largest(row), np.float32(0.0)
+        for j in range(len(row)):
+            e = _exp(_wide(row[j]) - largest)
+            p[j] = e
+            total += e
+        losses[i] = largest + np.log(total) - _wide(row[target[i]])
+        part = np.float32(1.0) / total
+        for j in range(len(row)):
+            row[j] = _narrow(p[j] * part)
+        row[target[i]] = _narrow(p[target[i]] * part - np.float32(1.0))
+
+
+@compiled
+def _errors(
+    first, last, logits, losses, target, times, frequent, group, beyond, share, base, base_row, scale, begins, single,
+    shares,
+):  # fmt: skip
+    size = logits.shape[1]
+    end = size - len(beyond)
+    p = np.empty(size, np.float32)
+    # Cut beforehand, for of `p[j + 1]` a compiler does not see that it is one value behind the other.
+    p_group, p_beyond, times_group, times_beyond = p[frequent:end], p[end:], times[frequent:end], times[end:]
+    for i in range(first, last):
+        row = logits[i]
+        if target[i] < 0:
+            losses[i] = np.float32(0.0)
+            row[:] = np.uint16(0)
+            continue
+        largest, total = _largest(row), np.float32(0.0)
+        for j in range(size):
+            e = _exp(_wide(row[j]) - largest) * times[j]
+            p[j] = e
+            total += e
+        losses[i] = largest + np.log(total) - _wide(row[target[i]])
+        part, factor, expected = np.float32(1.0) / total, share * scale[i], base[base_row[i]]
+        expected_group = expected[group : group + len(p_group)]
+        for j in range(frequent):
+            p[j] = p[j] * part - factor * _wide(expected[j])
+        for j in range(len(p_group)):
+            p_group[j] = p_group[j] * part - factor * times_group[j] * _wide(expected_group[j])
+        for j in range(len(p_beyond)):
+            p_beyond[j] = p_beyond[j] * part - factor * times_beyond[j] * _wide(expected[beyond[j]])
+        p[target[i]] -= np.float32(1.0) - share
+        for k in range(begins[i], begins[i + 1]):
+            if single[k] >= 0:
+                p[single[k]] -= share * times[single[k]] * shares[k]
+        for j in range(size):
+            row[j] = _narrow(p[j])
