@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from leanseek.ops import cpu_kernels
@@ -65,13 +66,19 @@ def against_fp64(
     return list(zip(found, gradients(reference, tuple(x.double() for x in inputs), grad), strict=True))
 
 
+def normal(values: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """All but NaN and numbers so small that a process may take them for zero."""
+    return (np.abs(values) >= 2.0**-126) | (values == 0)
+
+
 # ── a value ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_every_value_of_bf16_is_widened_and_rounded_back() -> None:
     bits = np.arange(1 << 16, dtype=np.uint16)
     wide = torch.from_numpy(bits).view(torch.bfloat16).float().numpy()
-    for each, value in zip(bits[~np.isnan(wide)], wide[~np.isnan(wide)], strict=True):
+    sayable = normal(wide)
+    for each, value in zip(bits[sayable], wide[sayable], strict=True):
         assert cpu_kernels._wide(each) == value
         assert cpu_kernels._narrow(value) == each
 
@@ -80,7 +87,7 @@ def test_rounding_is_pytorchs_ties_included() -> None:
     bits = np.random.default_rng(0).integers(0, 1 << 32, 4096, dtype=np.uint32)
     bits = np.concatenate((bits, bits & 0xFFFF0000 | 0x8000))
     values = bits.view(np.float32)
-    values = values[np.isfinite(values)]
+    values = values[normal(values) & np.isfinite(values)]
     wanted = torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
     assert [cpu_kernels._narrow(value) for value in values] == wanted.tolist()
 

@@ -251,8 +251,8 @@ def _ordered(bits):
 
 @inlined
 def _largest(row):
-    """In whole numbers, for of floating ones a compiler takes one maximum after the other. NaN may be overlooked: whoever
-    adds up exponentials has it in the sum."""
+    """In whole numbers, for of floating ones a compiler takes one maximum after the other. NaN may be overlooked: it is
+    in the sum of exponentials."""
     most = np.int16(-32768)
     for j in range(len(row)):
         each = _ordered(row[j])
