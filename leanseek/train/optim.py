@@ -21,7 +21,7 @@ from leanseek.parallel.mesh import ALONE, Ranks
 from leanseek.parallel.parts import local, on_one_rank_each, scale_rows
 
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al.: takes singular values near 1 in five steps
-VALUES_AT_ONCE = 1 << 19  # of the matrices that a CPU orthogonalises together
+VALUES_AT_ONCE = 1 << 20  # of the matrices that a CPU orthogonalises together
 EMBEDDINGS = ("embed_tokens.", "embed_values.")
 ADAM_RMS = 0.2  # the root mean square of a typical AdamW update (Liu et al., "Muon is scalable")
 
