@@ -1,9 +1,10 @@
-"""Which implementation computes what: a library made for the GPU where it is installed, our Triton kernels next, plain
-PyTorch last.
+"""Which implementation computes what: a library made for the GPU where it is installed, our Triton kernels next, PyTorch
+last.
 
 A `Kernels` is chosen once, for a device, and handed down from outside: to the precision of layers, the dispatcher of
 experts, the loss, the runner. It holds a function for each operation that has more than one implementation; all of an
-operation's take and return the same, within the bounds in their docstrings. On a CPU it is always the plain one.
+operation's take and return the same, within the bounds in their docstrings. On a CPU it is always the plain one, within
+which small steps in BF16 are `cpu_kernels`.
 
 What FP8 gains depends on shapes. `Measured` is the table that `leanseek bench kernels` stores of a machine; with it, a
 product is made in FP8 only where FP8 was faster there.
@@ -122,7 +123,7 @@ class Kernels:
     losses_and_error: Callable[..., tuple[Tensor, Tensor]] = loss.losses_and_error
     latent_decode: Callable[..., Tensor] | None = None  # None: the runner attends as it does on a CPU
     measured: Measured | None = None
-    told: str = "plain PyTorch"
+    told: str = "PyTorch"
 
     def fp8_pays(self, kind: str, m: int, n: int, k: int) -> bool:
         """Whether a product is worth FP8. Where nothing was measured, what was asked for is done."""
