@@ -374,8 +374,9 @@ def through_fp8(values: Tensor, tile: Tile, power_of_two: bool = False) -> Tenso
 
 
 def silu_product(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    """In FP32, and then in the precision of what it is given."""
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)
 
 
 def layer_twin(kind: str, x: Tensor, w: Tensor, dy: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -643,9 +643,9 @@ class Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def recomputed(what: str) -> tuple[dict[str, Tensor], list[list[int]], Counter[Any]]:
+def recomputed(what: str, dtype: torch.dtype) -> tuple[dict[str, Tensor], list[list[int]], Counter[Any]]:
     config = config_of(f"train.recompute={what}", "model.q_lora_rank=20")
-    model = parallelize(model_of(config, torch.float64), config, Ranks())
+    model = parallelize(model_of(config, dtype), config, Ranks())
     model.train()
     ids, targets, *_ = rows_of(0, 4, packed=False)
     assert ids is not None
@@ -656,12 +656,13 @@ def recomputed(what: str) -> tuple[dict[str, Tensor], list[list[int]], Counter[A
     return gradients, [router.load.tolist() for router in model.routers().values()], products.counts
 
 
-def test_recomputation_changes_no_bit_and_counts_once() -> None:
-    gradients, loads, products = recomputed("none")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_recomputation_changes_no_bit_and_counts_once(dtype: torch.dtype) -> None:
+    gradients, loads, products = recomputed("none", dtype)
     blocks = 4  # three layers and the MTP module's
     up = {(20, 32), (16, 48)}  # q_b_proj and kv_b_proj
     for what in ("selective", "full"):
-        again, counted_loads, more = recomputed(what)
+        again, counted_loads, more = recomputed(what, dtype)
         assert all(torch.equal(again[name], gradient) for name, gradient in gradients.items())
         assert counted_loads == loads
         assert more["route"] == products["route"]

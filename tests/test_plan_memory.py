@@ -16,12 +16,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from leanseek.config import Config, read_recipe
 from leanseek.model.lora import adapt
 from leanseek.model.transformer import Transformer
+from leanseek.ops.attention import FEW_KEYS
+from leanseek.plan import memory
 from leanseek.plan.count import adapted_bytes, training_bytes
 from leanseek.plan.estimate import STACKS, estimate
 from leanseek.plan.hardware import Hardware
 from leanseek.plan.layout import Layout
 from leanseek.plan.memory import trainer_bytes
 from leanseek.train.cpu import ready_cpu
+from leanseek.train.optim import VALUES_AT_ONCE
 from leanseek.train.schedule import Knobs
 from leanseek.train.setup import build, ready
 from leanseek.train.step import train_step
@@ -105,6 +108,10 @@ def test_memory_of_real_training_steps_is_foreseen(name: str) -> None:
     moments = 1 if config.optimizer.name == "muon" else 2
     assert planned.total > training_bytes(config.model, moments)
     assert planned.total == pytest.approx(got, rel=0.10), (planned, got)  # the goal set for the planner
+
+
+def test_the_planner_knows_what_the_trainer_holds_at_once() -> None:
+    assert (memory.AT_ONCE, memory.SUPPORTS) == (VALUES_AT_ONCE, FEW_KEYS)
 
 
 ADAPTED = ("optimizer.name=adamw", "lora.rank=8", "lora.base=int8")

@@ -1,5 +1,5 @@
-"""Which implementation computes what: a library made for the GPU where it is installed, our Triton kernels next, PyTorch
-last.
+"""Which implementation computes what: a library made for the GPU where it is installed, then our Triton kernels, then
+PyTorch.
 
 A `Kernels` is chosen once, for a device, and handed down from outside: to the precision of layers, the dispatcher of
 experts, the loss, the runner. It holds a function for each operation that has more than one implementation; all of an

@@ -18,16 +18,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numba import njit
+from numba import njit, types
+from numba.extending import overload
 from numpy.typing import NDArray
 from torch import Tensor
 
 T = TypeVar("T")
 
+DTYPES = (torch.bfloat16, torch.float32)
 ENOUGH = 1 << 17  # values that are worth a thread
+SUMMED = 256  # rows that are added up in FP32, before FP64 goes on
 HALF, ONE, TOP = np.uint32(0x7FFF), np.uint32(1), np.uint32(16)
-LOG2_E, LN2_HIGH, LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
-LOWEST = np.float32(-87.0)
+LOG2_E, LN2 = np.float32(1.44269504), np.float32(0.69314718)
+LOWEST, NAN = np.float32(-87.0), np.uint16(0x7FC0)
 
 # Sums may be taken in any order, which lets a processor take sixteen terms at once. NaN and infinity stay as they are.
 _how: dict[str, Any] = {
@@ -35,7 +38,6 @@ _how: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"reassoc", "contract", "arcp", "nsz"},
 }
-inlined = njit(inline="always", **_how)
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -46,9 +48,12 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether tensors are for the functions here: plain ones in BF16 on a CPU, one value behind the other."""
-    return not torch.compiler.is_compiling() and all(
-        type(x) is Tensor and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous() and x.numel()
+    """Whether tensors are for the functions here: plain ones in BF16 or FP32 on a CPU, one value behind the other.
+
+    Not where autograd would have to see what is done, nor while PyTorch's compiler reads along.
+    """
+    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and all(
+        type(x) is Tensor and x.device.type == "cpu" and x.dtype in DTYPES and x.is_contiguous() and x.numel()
         for x in tensors
     )
 
@@ -60,9 +65,10 @@ def rms_norm(
     x: Tensor, weight: Tensor, eps: float, beside: Tensor | None = None, share: float = 0.0
 ) -> tuple[Tensor, Tensor]:
     """weight · (x + share · beside) · scale [..., D] and scale [..., 1] in FP32, 1 / √(mean(x²) + eps)."""
+    _check(x.shape[-1:] == weight.shape and (beside is None or beside.shape == x.shape))
     out, scale = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
-    rows = _bits(x), _bits(x if beside is None else beside), _bits(out)
-    numbers = np.float32(share), _floats(weight), np.float32(eps), _floats(scale)
+    rows = _rows(x), _rows(x if beside is None else beside), _rows(out)
+    numbers = np.float32(share), _copied(weight), np.float32(eps), scale.flatten().numpy()
     _in_parts(x, lambda first, last: _norm(first, last, *rows, *numbers))
     return out, scale
 
@@ -79,23 +85,24 @@ def rms_norm_backward(
     """The gradients of x, weight, beside and, in FP32, share [1], of those of `rms_norm`'s results."""
     grad_x, grad_beside = torch.empty_like(x), None if beside is None else torch.empty_like(x)
     of_scale = torch.zeros_like(scale) if grad_scale is None else grad_scale
-    rows = _bits(grad), _bits(x), _bits(x if beside is None else beside)
-    results = _bits(grad_x), _bits(grad_x if grad_beside is None else grad_beside)
-    numbers = np.float32(share), _floats(weight), _floats(scale), _floats(of_scale)
+    _check(grad.shape == x.shape)
+    rows = _rows(grad), _rows(x), _rows(x if beside is None else beside)
+    results = _rows(grad_x), _rows(grad_x if grad_beside is None else grad_beside)
+    numbers = np.float32(share), _copied(weight), _copied(scale), _copied(of_scale)
 
-    def part(first: int, last: int) -> NDArray[np.float32]:
-        sums = np.zeros(x.shape[-1] + 1, np.float32)
+    def part(first: int, last: int) -> NDArray[np.float64]:
+        sums = np.zeros(x.shape[-1] + 1)
         (_norm_backward if beside is None else _norm_beside_backward)(first, last, *rows, *numbers, *results, sums)
         return sums
 
     sums = torch.from_numpy(np.add.reduce(_in_parts(x, part)))
-    return grad_x, sums[:-1].to(weight.dtype), grad_beside, sums[-1:]
+    return grad_x, sums[:-1].to(weight.dtype), grad_beside, sums[-1:].float()
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
     """SiLU(gate) · up of [..., 2F], gate first → [..., F]."""
     out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
-    rows = _bits(gate_up), _bits(out)
+    rows = _rows(gate_up), _rows(out)
     _in_parts(out, lambda first, last: _swiglu(first, last, *rows))
     return out
 
@@ -104,29 +111,38 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
     """The gradient of gate and up [..., 2F]; their exponentials are taken once more, which here costs less than
     keeping them."""
     grad_gate_up = torch.empty_like(gate_up)
-    rows = _bits(grad), _bits(gate_up), _bits(grad_gate_up)
+    _check(grad.shape == (*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+    rows = _rows(grad), _rows(gate_up), _rows(grad_gate_up)
     _in_parts(grad, lambda first, last: _swiglu_backward(first, last, *rows))
     return grad_gate_up
 
 
 def causal_softmax(scores: Tensor, scale: float) -> Tensor:
-    """scores [n, T, T] become softmax(scale · scores) over the keys up to each query's own, 0 beyond."""
-    length, bits, factor = scores.shape[-1], _bits(scores), np.float32(scale)
-    _in_parts(scores, lambda first, last: _causal_softmax(first, last, bits, length, factor))
-    return scores
+    """softmax(scale · scores) of scores [n, T, T] over the keys up to each query's own, 0 beyond.
+
+    The scores stay: who computes activations again may have kept them.
+    """
+    _check(scores.shape[-2] == scores.shape[-1])
+    p, factor = torch.empty_like(scores), np.float32(scale)
+    rows = _rows(scores), _rows(p), scores.shape[-1]
+    _in_parts(scores, lambda first, last: _causal_softmax(first, last, *rows, factor))
+    return p
 
 
 def causal_softmax_backward(grad: Tensor, p: Tensor, scale: float) -> Tensor:
-    """grad [n, T, T] of p = `causal_softmax`(scores, scale) becomes that of the scores."""
-    length, bits, factor = p.shape[-1], (_bits(grad), _bits(p)), np.float32(scale)
-    _in_parts(grad, lambda first, last: _causal_softmax_backward(first, last, *bits, length, factor))
-    return grad
+    """The gradient of the scores, of that of p = `causal_softmax`(scores, scale), [n, T, T]."""
+    _check(grad.shape == p.shape)
+    grad_scores, factor = torch.empty_like(p), np.float32(scale)
+    rows = _rows(grad), _rows(p), _rows(grad_scores), p.shape[-1]
+    _in_parts(grad, lambda first, last: _causal_softmax_backward(first, last, *rows, factor))
+    return grad_scores
 
 
 def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
     """The gradients of rows [P, D] and weights [N, K] of Σₖ weights[n, k] · rows[place[n, k]], whose own is [N, D]."""
     grad_rows, grad_weights = torch.zeros_like(rows), torch.empty_like(weights)
-    bits = [_bits(x) for x in (grad, rows, weights, grad_rows, grad_weights)]
+    _check(weights.shape == place.shape and rows.shape[-1] == grad.shape[-1] and int(place.max()) < rows.shape[0])
+    bits = [_rows(x) for x in (grad, rows, weights, grad_rows, grad_weights)]
     where = place.numpy()
     _in_parts(grad, lambda first, last: _unpermute_backward(first, last, *bits, where))
     return grad_rows, grad_weights
@@ -135,8 +151,9 @@ def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, place: Tenso
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """logits [n, V] become p − 1 at the target, p elsewhere, 0 where the target [n] is below 0; returns −log p of each
     target in nats [n] in FP32, or 0."""
+    _check(logits.shape[:1] == targets.shape and int(targets.max()) < logits.shape[1])
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    rows = _bits(logits), losses.numpy(), targets.numpy()
+    rows = _rows(logits), losses.numpy(), targets.numpy()
     _in_parts(logits, lambda first, last: _cross_entropy(first, last, *rows))
     return losses
 
@@ -165,10 +182,11 @@ def errors(logits: Tensor, times: Tensor, frequent: int, group: slice, beyond: T
     Candidates are the first `frequent` tokens, those of the `group`, and those `beyond`, and stand for so many `times`
     [S] tokens like them.
     """
+    _check(logits.shape == (len(wish.target), len(times)) and int(wish.target.max()) < len(times))
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
-    rows = _bits(logits), losses.numpy(), wish.target.numpy()
+    rows = _rows(logits), losses.numpy(), wish.target.numpy()
     candidates = times.numpy(), frequent, group.start, beyond.numpy()
-    wished = np.float32(wish.share), _bits(wish.base), *(x.numpy() for x in wish[3:])
+    wished = np.float32(wish.share), _rows(wish.base), *(x.numpy() for x in wish[3:])
     _in_parts(logits, lambda first, last: _errors(first, last, *rows, *candidates, *wished))
     return losses
 
@@ -179,12 +197,12 @@ def errors(logits: Tensor, times: Tensor, frequent: int, group: slice, beyond: T
 def _in_parts(x: Tensor, work: Callable[[int, int], T]) -> list[T]:
     """What `work` makes of each part of x's rows, from the first to before the last: a part for each of PyTorch's
     threads, where there is enough to do."""
-    rows = x.numel() // x.shape[-1]
-    parts = min(torch.get_num_threads(), -(-x.numel() // ENOUGH))
+    rows, threads = x.numel() // x.shape[-1], torch.get_num_threads()
+    parts = min(threads, -(-x.numel() // ENOUGH))
     if parts == 1:
         return [work(0, rows)]
-    cuts = [rows * k // parts for k in range(parts + 1)]
-    others = [_threads(os.getpid(), parts - 1).submit(work, *cuts[k : k + 2]) for k in range(1, parts)]
+    cuts, pool = [rows * k // parts for k in range(parts + 1)], _threads(os.getpid(), threads - 1)
+    others = [pool.submit(work, *cuts[k : k + 2]) for k in range(1, parts)]
     return [work(0, cuts[1]), *(other.result() for other in others)]
 
 
@@ -194,38 +212,83 @@ def _threads(process: int, many: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(many)
 
 
-def _bits(x: Tensor) -> NDArray[np.uint16]:
-    """BF16 as it lies in memory, [n, width]."""
-    bits: NDArray[np.uint16] = x.detach().view(torch.uint16).view(-1, x.shape[-1]).numpy()
-    return bits
+def _check(fits: bool) -> None:
+    """What is compiled looks at no bounds."""
+    if not fits:
+        raise ValueError("shapes or indices do not fit")
 
 
-def _floats(x: Tensor) -> NDArray[np.float32]:
-    floats: NDArray[np.float32] = x.detach().to(torch.float32).flatten().numpy()
-    return floats
+def _rows(x: Tensor) -> NDArray[Any]:
+    """x as it lies in memory, [n, width]: BF16 as 16 bits each, FP32 as it is."""
+    x = x.detach()
+    rows: NDArray[Any] = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).view(-1, x.shape[-1]).numpy()
+    return rows
+
+
+def _copied(x: Tensor) -> NDArray[np.float32]:
+    """Numbers [n] in FP32. FSDP frees the memory of a weight, which it cannot where NumPy has looked."""
+    copied: NDArray[np.float32] = x.detach().to(torch.float32, copy=True).flatten().numpy()
+    return copied
 
 
 # ── a value ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@inlined
-def _wide(bits):
-    return np.uint32(np.uint32(bits) << TOP).view(np.float32)
+def _wide(value):
+    """A value of an array in FP32."""
 
 
-@inlined
-def _narrow(x):
-    """To the nearest, ties to even."""
-    bits = np.float32(x).view(np.uint32)
-    return np.uint16(np.uint32(bits + HALF + (np.uint32(bits >> TOP) & ONE)) >> TOP)
+def _rounded(x, array):
+    """FP32 as the array keeps it: BF16 to the nearest, ties to even."""
 
 
-@inlined
+def _largest(row):
+    """Of a row, in FP32. NaN may be overlooked: it is in the sum of exponentials."""
+
+
+@overload(_wide)
+def _wide_of(value):
+    if value == types.float32:
+        return lambda value: value
+    return lambda value: np.uint32(np.uint32(value) << TOP).view(np.float32)
+
+
+@overload(_rounded)
+def _rounded_for(x, array):
+    if array.dtype == types.float32:
+        return lambda x, array: x
+
+    def narrow(x, array):
+        bits = np.float32(x).view(np.uint32)
+        rounded = np.uint16(np.uint32(bits + HALF + (np.uint32(bits >> TOP) & ONE)) >> TOP)
+        return rounded if x == x else NAN
+
+    return narrow
+
+
+@overload(_largest)
+def _largest_of(row):
+    """In whole numbers that grow with the value, for of floating ones a compiler takes one maximum after the other."""
+    whole, sign, rest = (np.int32, 31, 0x7FFFFFFF) if row.dtype == types.float32 else (np.int16, 15, 0x7FFF)
+    sign, rest = whole(sign), whole(rest)
+
+    def largest(row):
+        bits, most = row.view(whole), whole(-rest - 1)
+        for j in range(len(bits)):
+            each = whole(bits[j] ^ whole(whole(bits[j] >> sign) & rest))
+            most = each if each > most else most
+        most = whole(most ^ whole(whole(most >> sign) & rest))
+        return _wide(most.view(row.dtype))
+
+    return largest
+
+
+@njit(**_how)
 def _exp(x):
-    """To FP32's last places, by Cephes' polynomial, of x up to 88; below −87 as of −87. NaN stays."""
+    """By Cephes' polynomial, of x up to 88, to 2⁻²⁴ (4 + 1.5 |x|) of the value; below −87 as of −87. NaN stays."""
     x = LOWEST if x < LOWEST else x
     n = np.floor(x * LOG2_E + np.float32(0.5))
-    r = x - n * LN2_HIGH - n * LN2_LOW
+    r = x - n * LN2
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
     p = p * r + np.float32(8.3334519073e-3)
@@ -236,28 +299,10 @@ def _exp(x):
     return p * np.uint32(np.uint32(np.int32(n) + np.int32(127)) << np.uint32(23)).view(np.float32)
 
 
-@inlined
+@njit(**_how)
 def _sigmoid(x):
     found = np.float32(1.0) / (np.float32(1.0) + _exp(-x if x > LOWEST else -LOWEST))
     return np.float32(0.0) if x < LOWEST else found
-
-
-@inlined
-def _ordered(bits):
-    """BF16's bits as a whole number that grows with the value; and the other way round."""
-    bits = np.int16(bits)
-    return np.int16(bits ^ np.int16(np.int16(bits >> np.int16(15)) & np.int16(0x7FFF)))
-
-
-@inlined
-def _largest(row):
-    """In whole numbers, for of floating ones a compiler takes one maximum after the other. NaN may be overlooked: it is
-    in the sum of exponentials."""
-    most = np.int16(-32768)
-    for j in range(len(row)):
-        each = _ordered(row[j])
-        most = each if each > most else most
-    return _wide(np.uint16(_ordered(most)))
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,42 +319,50 @@ def _norm(first, last, x, beside, out, share, weight, eps, scale):
         r = np.float32(1.0) / np.sqrt(squares / np.float32(width) + eps)
         scale[i] = r
         for j in range(width):
-            out[i, j] = _narrow((_wide(x[i, j]) + share * _wide(beside[i, j])) * r * weight[j])
+            out[i, j] = _rounded((_wide(x[i, j]) + share * _wide(beside[i, j])) * r * weight[j], out)
 
 
 @compiled
 def _norm_backward(first, last, grad, x, beside, share, weight, scale, grad_scale, grad_x, grad_beside, sums):
     """`sums` gets the weight's gradient."""
     width = x.shape[1]
+    of_weight = np.zeros(width, np.float32)
     for i in range(first, last):
         r, along = scale[i], np.float32(0.0)
         for j in range(width):
             both = _wide(x[i, j]) * _wide(grad[i, j])
-            sums[j] += both * r
+            of_weight[j] += both * r
             along += both * weight[j]
         # What points along x does not count: the norm takes it out again.
         back = (along + grad_scale[i]) * r * r * r / np.float32(width)
         for j in range(width):
-            grad_x[i, j] = _narrow(_wide(grad[i, j]) * weight[j] * r - back * _wide(x[i, j]))
+            grad_x[i, j] = _rounded(_wide(grad[i, j]) * weight[j] * r - back * _wide(x[i, j]), grad_x)
+        if i % SUMMED == 0 or i == last - 1:
+            sums[:width] += of_weight
+            of_weight[:] = 0
 
 
 @compiled
 def _norm_beside_backward(first, last, grad, x, beside, share, weight, scale, grad_scale, grad_x, grad_beside, sums):
     """`sums` gets the gradients of weight and share."""
     width = x.shape[1]
+    of_weight = np.zeros(width, np.float32)
     for i in range(first, last):
         r, along, of_share = scale[i], np.float32(0.0), np.float32(0.0)
         for j in range(width):
             both = (_wide(x[i, j]) + share * _wide(beside[i, j])) * _wide(grad[i, j])
-            sums[j] += both * r
+            of_weight[j] += both * r
             along += both * weight[j]
         back = (along + grad_scale[i]) * r * r * r / np.float32(width)
         for j in range(width):
             of_both, other = _wide(grad[i, j]) * weight[j] * r, _wide(beside[i, j])
             of_share += of_both * other
-            grad_x[i, j] = _narrow(of_both - back * _wide(x[i, j]))
-            grad_beside[i, j] = _narrow(of_both * share)
+            grad_x[i, j] = _rounded(of_both - back * _wide(x[i, j]), grad_x)
+            grad_beside[i, j] = _rounded(of_both * share, grad_beside)
         sums[width] += of_share
+        if i % SUMMED == 0 or i == last - 1:
+            sums[:width] += of_weight
+            of_weight[:] = 0
 
 
 @compiled
@@ -318,7 +371,7 @@ def _swiglu(first, last, gate_up, out):
     for i in range(first, last):
         for j in range(width):
             gate = _wide(gate_up[i, j])
-            out[i, j] = _narrow(gate * _sigmoid(gate) * _wide(gate_up[i, width + j]))
+            out[i, j] = _rounded(gate * _sigmoid(gate) * _wide(gate_up[i, width + j]), out)
 
 
 @compiled
@@ -328,34 +381,36 @@ def _swiglu_backward(first, last, grad, gate_up, grad_gate_up):
         for j in range(width):
             gate, up, g = _wide(gate_up[i, j]), _wide(gate_up[i, width + j]), _wide(grad[i, j])
             sigmoid = _sigmoid(gate)
-            grad_gate_up[i, j] = _narrow(g * up * sigmoid * (np.float32(1.0) + gate * (np.float32(1.0) - sigmoid)))
-            grad_gate_up[i, width + j] = _narrow(g * gate * sigmoid)
+            grad_gate_up[i, j] = _rounded(
+                g * up * sigmoid * (np.float32(1.0) + gate * (np.float32(1.0) - sigmoid)), grad_gate_up
+            )
+            grad_gate_up[i, width + j] = _rounded(g * gate * sigmoid, grad_gate_up)
 
 
 @compiled
-def _causal_softmax(first, last, scores, length, scale):
+def _causal_softmax(first, last, scores, p, length, scale):
     for i in range(first, last):
         keys = i % length + 1
-        p = scores[i, :keys]
-        largest, total = _largest(p), np.float32(0.0)
+        row, out = scores[i, :keys], p[i, :keys]
+        largest, total = _largest(row), np.float32(0.0)
         for j in range(keys):
-            total += _exp((_wide(p[j]) - largest) * scale)
+            total += _exp((_wide(row[j]) - largest) * scale)
         part = np.float32(1.0) / total
         for j in range(keys):
-            p[j] = _narrow(_exp((_wide(p[j]) - largest) * scale) * part)
-        scores[i, keys:] = np.uint16(0)
+            out[j] = _rounded(_exp((_wide(row[j]) - largest) * scale) * part, out)
+        p[i, keys:] = 0
 
 
 @compiled
-def _causal_softmax_backward(first, last, grad, p, length, scale):
+def _causal_softmax_backward(first, last, grad, p, grad_scores, length, scale):
     for i in range(first, last):
         keys = i % length + 1
-        back, own, along = grad[i, :keys], p[i, :keys], np.float32(0.0)
+        back, own, out, along = grad[i, :keys], p[i, :keys], grad_scores[i, :keys], np.float32(0.0)
         for j in range(keys):
             along += _wide(back[j]) * _wide(own[j])
         for j in range(keys):
-            back[j] = _narrow((_wide(back[j]) - along) * _wide(own[j]) * scale)
-        grad[i, keys:] = np.uint16(0)
+            out[j] = _rounded((_wide(back[j]) - along) * _wide(own[j]) * scale, out)
+        grad_scores[i, keys:] = 0
 
 
 @compiled
@@ -367,8 +422,8 @@ def _unpermute_backward(first, last, grad, rows, weights, grad_rows, grad_weight
             for j in range(width):
                 g = _wide(grad[i, j])
                 along += g * _wide(row[j])
-                into[j] = _narrow(g * weight)
-            grad_weights[i, k] = _narrow(along)
+                into[j] = _rounded(g * weight, into)
+            grad_weights[i, k] = _rounded(along, grad_weights)
 
 
 @compiled
@@ -378,7 +433,7 @@ def _cross_entropy(first, last, logits, losses, target):
         row = logits[i]
         if target[i] < 0:
             losses[i] = np.float32(0.0)
-            row[:] = np.uint16(0)
+            row[:] = 0
             continue
         largest, total = _largest(row), np.float32(0.0)
         for j in range(len(row)):
@@ -388,8 +443,8 @@ def _cross_entropy(first, last, logits, losses, target):
         losses[i] = largest + np.log(total) - _wide(row[target[i]])
         part = np.float32(1.0) / total
         for j in range(len(row)):
-            row[j] = _narrow(p[j] * part)
-        row[target[i]] = _narrow(p[target[i]] * part - np.float32(1.0))
+            row[j] = _rounded(p[j] * part, row)
+        row[target[i]] = _rounded(p[target[i]] * part - np.float32(1.0), row)
 
 
 @compiled
@@ -406,7 +461,7 @@ def _errors(
         row = logits[i]
         if target[i] < 0:
             losses[i] = np.float32(0.0)
-            row[:] = np.uint16(0)
+            row[:] = 0
             continue
         largest, total = _largest(row), np.float32(0.0)
         for j in range(size):
@@ -427,4 +482,4 @@ def _errors(
             if single[k] >= 0:
                 p[single[k]] -= share * times[single[k]] * shares[k]
         for j in range(size):
-            row[j] = _narrow(p[j])
+            row[j] = _rounded(p[j], row)

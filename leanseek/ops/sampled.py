@@ -140,9 +140,9 @@ def sampled_cross_entropy(
     turns = count(first_turn(targets))
     if expected is None:
         expected, share = _nothing(targets, len(vocabulary.ids), hidden.dtype), 0.0
-    at_once = cpu_kernels.takes(hidden, expected.base)
 
     def of_rows(rows: slice) -> tuple[tuple[Tensor, Tensor | None] | None, OfLogits]:
+        at_once = cpu_kernels.takes(hidden, expected.base)
         wanted = targets[rows]
         valid = wanted != IGNORE
         first = expected.first[rows.start : rows.stop + 1]

@@ -20,6 +20,7 @@ from leanseek.plan.layout import Layout, runs
 
 RESERVED = 0.06  # of a device's memory: its runtime, communication buffers, fragments; an assumption (4.8 GiB of 80)
 SUPPORTS = 512  # keys up to which the trainer keeps the probabilities of attention on a CPU (ops/attention.py)
+AT_ONCE = 1 << 20  # values of the matrices that Muon orthogonalises together on a CPU (train/optim.py)
 
 
 class Kept(NamedTuple):
@@ -225,7 +226,8 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     """The peak of a step after the first, on a CPU: when the last micro-batch's backward pass begins, or in the update.
 
     At the former the earlier micro-batches have left their gradients, and everything this one kept is there. In the
-    latter Muon holds an update of every matrix, and those of the commonest shape, gate and up, joined and orthogonal.
+    latter Muon holds an update of every matrix, and those of the commonest shape, gate and up, joined and orthogonal;
+    at work are three times as many values as it takes at once.
     """
     model, width = config.model, 2 if config.train.dtype in ("bf16", "fp8") else 4
     length = config.stages[stage].sequence_length
@@ -246,13 +248,14 @@ def trainer_bytes(config: Config, stage: int = 0) -> TrainerMemory:
     head = 4.0 * count.head
     moe = sum(model.is_moe(layer) for layer in range(model.num_hidden_layers)) + depths
     gate_and_up = 2.0 * moe * (model.n_routed_experts + 1) * model.moe_intermediate_size * model.hidden_size
+    by_muon = width * (2 * gate_and_up + 3 * min(gate_and_up, AT_ONCE))
     return TrainerMemory(
         weights=4.0 * all_of_it,
         gradients=4.0 * all_of_it,
         moments=moments,
         activations=kept + casts,
         loss=head * (2 + depths),
-        updating=4.0 * (all_of_it - by_adam) + 2 * width * gate_and_up if muon else 0.0,
+        updating=4.0 * (all_of_it - by_adam) + by_muon if muon else 0.0,
     )
 
 
