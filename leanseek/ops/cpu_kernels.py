@@ -269,8 +269,8 @@ def _rounded_for(x, array):
 @overload(_largest)
 def _largest_of(row):
     """In whole numbers that grow with the value, for of floating ones a compiler takes one maximum after the other."""
-    whole, sign, rest = (np.int32, 31, 0x7FFFFFFF) if row.dtype == types.float32 else (np.int16, 15, 0x7FFF)
-    sign, rest = whole(sign), whole(rest)
+    whole: Any = np.int32 if row.dtype == types.float32 else np.int16
+    sign, rest = whole(np.iinfo(whole).bits - 1), whole(np.iinfo(whole).max)
 
     def largest(row):
         bits, most = row.view(whole), whole(-rest - 1)
