@@ -3,8 +3,8 @@ PyTorch.
 
 A `Kernels` is chosen once, for a device, and handed down from outside: to the precision of layers, the dispatcher of
 experts, the loss, the runner. It holds a function for each operation that has more than one implementation; all of an
-operation's take and return the same, within the bounds in their docstrings. On a CPU it is always the plain one, within
-which small steps in BF16 are `cpu_kernels`.
+operation's take and return the same, within the bounds in their docstrings. On a CPU it is always the plain one, which
+uses `cpu_kernels`.
 
 What FP8 gains depends on shapes. `Measured` is the table that `leanseek bench kernels` stores of a machine; with it, a
 product is made in FP8 only where FP8 was faster there.

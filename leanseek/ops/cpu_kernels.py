@@ -1,8 +1,9 @@
-"""What PyTorch does in many passes on a CPU, in one: norms, SwiGLU, causal softmax, the errors of logits. In BF16.
+"""What PyTorch does in many passes on a CPU, in one: norms, SwiGLU, causal softmax, the errors of logits.
 
 Beside a processor's matrix units such passes are most of what a step costs, and they cost a part while a row stays in
 the first cache until all is done to it. Numba compiles a function when it is first called and keeps it for later
-processes. It does not know BF16, so 16 bits are widened to FP32 by hand, and the result is rounded once.
+processes. It does not know BF16, so 16 bits are widened to FP32 by hand; in FP32 is all that happens between, and what
+comes of it is rounded once.
 
 The functions of `elementwise`, `attention`, `experts`, `loss` and `sampled` call these where `takes` says so, and what
 they do elsewhere is the specification.

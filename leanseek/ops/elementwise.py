@@ -1,7 +1,7 @@
 """RMSNorm and SwiGLU with their gradients by hand: arithmetic that costs memory traffic, not FLOPs.
 
 Left to autograd, each of their small steps would write, keep and read again a tensor of the size of the activations.
-On a CPU, in BF16, they are `cpu_kernels`. Beside them stand their plain twins, `…_reference`, which are the
+On a CPU they are `cpu_kernels` where those take them. Beside them stand their plain twins, `…_reference`, which are the
 specification.
 """
 
