@@ -134,7 +134,7 @@ def sampled_cross_entropy(
     hidden [N, D], weight [V, D] and targets [N] by id. r is the target and, `share` of it, what is expected, which goes
     by number: a run learns from that, while what it tells should be comparable. Where the vocabulary has groups, both
     are estimates, and depend on how the places are divided: on average over the groups Σ exp of the logits is what it
-    is over all tokens. Below FP64 no place's value is above 87 nats: probabilities end there.
+    is over all tokens. Where PyTorch makes the softmax, below FP64, no place's value is above 87 nats.
     """
     targets = vocabulary.numbers(targets)
     turns = count(first_turn(targets))
