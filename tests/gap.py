@@ -9,7 +9,7 @@ FOLDER keeps data and losses, so that a later call trains only what is missing. 
 import argparse
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -137,15 +137,15 @@ COARSER = {
     "one scale per tensor": ("scales_of", one_scale_for_all),
     "gradients in blocks": ("quantised", gradients_in_blocks),
 }
-FLOOR = ("bf16", *(f"bf16, an ulp {way}" for way in NUDGES))
+BF16, FP8 = ((kind, *(f"{kind}, an ulp {way}" for way in NUDGES)) for kind in ("bf16", "fp8"))
 
 
 def losses(variant: str, data: Path, stop: int = STEPS) -> list[float]:
     """The training loss of each step up to `stop`, in nats per token."""
-    config = read_recipe(str(PLAIN), (*SHAPE, f"train.dtype={'bf16' if variant in FLOOR else 'fp8'}"))
+    config = read_recipe(str(PLAIN), (*SHAPE, f"train.dtype={'bf16' if variant in BF16 else 'fp8'}"))
     shards = open_data(data)
     model, optimizers, loader, _ = assemble(config, shards, Tokenizer.load(shards.tokenizer_folder))
-    if variant in FLOOR[1:]:
+    if variant in BF16[1:] + FP8[1:]:
         nudge(model, variant.rpartition(" ")[2])
     found = []
     with instead(*(FAULTS | COARSER).get(variant, ("matmul", lambda same: same))):
@@ -164,10 +164,15 @@ def gap(ours: list[float], theirs: list[float], last: int = LAST) -> float:
     return abs(a / b - 1)
 
 
+def middle(runs: Iterable[list[float]]) -> list[float]:
+    """The mean loss of each step."""
+    return [sum(losses) / len(losses) for losses in zip(*runs, strict=True)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path)
-    parser.add_argument("variants", nargs="*", default=[*FLOOR, "fp8", *FAULTS, *COARSER])
+    parser.add_argument("variants", nargs="*", default=[*BF16, *FP8, *FAULTS, *COARSER])
     parser.add_argument("--stop", type=int, default=STEPS)
     asked = parser.parse_args()
     asked.folder.mkdir(parents=True, exist_ok=True)
@@ -180,8 +185,11 @@ def main() -> None:
             file.write_text(json.dumps(known))
             print(f"{variant}: {time.process_time() - begun:.0f} CPU-seconds", flush=True)
     for variant, found in known.items():
-        gaps = [f"{gap(found, known[other]):9.3%}" for other in FLOOR if other in known]
+        gaps = [f"{gap(found, known[other]):9.3%}" for other in BF16 if other in known]
         print(f"{variant:24}{len(found):6} steps{sum(found[-LAST:]) / LAST:10.4f}", *gaps)
+    if {*BF16, *FP8} <= known.keys():
+        both = (middle(known[variant] for variant in kind) for kind in (FP8, BF16))
+        print(f"the mean of {len(FP8)} in FP8 lies {gap(*both):.3%} from that of {len(BF16)} in BF16")
 
 
 if __name__ == "__main__":
