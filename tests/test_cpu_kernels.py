@@ -26,6 +26,7 @@ from leanseek.ops.elementwise import (
     swiglu_reference,
 )
 from leanseek.ops.experts import lay_out, unpermute
+from leanseek.ops.heads import keys_and_values, keys_and_values_reference, turned, turned_reference
 from leanseek.ops.loss import IGNORE, losses_and_error
 from leanseek.ops.sampled import Expected, by_frequency, sampled_cross_entropy
 
@@ -231,6 +232,31 @@ def test_attention(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize("width", [6, 13])  # of a head, of which six are turned
+def test_heads_turned(width: int, rows: int, dtype: torch.dtype) -> None:
+    x, angles = torch.randn(2, 5, 3, width).to(dtype), 6 * torch.rand(rows, 5, 3)
+    function, reference = (lambda x, f=f: f(x, angles.cos(), angles.sin()) for f in (turned, turned_reference))
+    for found, wanted in against_fp64(function, reference, (x,)):
+        assert_rounded(found, wanted)
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("own", ["no values of their own", "a share for all", "a share for each"])
+def test_keys_and_values(own: str, dtype: torch.dtype) -> None:
+    kv, rope = torch.randn(2, 5, 3, 4 + 7).to(dtype), torch.randn(2, 5, 6).to(dtype)
+    share = torch.randn(1) if own == "a share for all" else torch.randn(2, 5, 1)
+    inputs = (kv, rope) if own.startswith("no") else (kv, rope, torch.randn(2, 5, 3 * 7).to(dtype), share)
+
+    def joined(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
+        return lambda kv, rope, *own: torch.cat(function(kv, rope, 7, *own), dim=-1)
+
+    pairs = against_fp64(joined(keys_and_values), joined(keys_and_values_reference), inputs)
+    for found, wanted in pairs:
+        assert_rounded(found, wanted)
+
+
+@pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("padded", [False, True])
 def test_weighted_sums_of_experts(padded: bool, dtype: torch.dtype) -> None:
     experts = torch.stack([torch.randperm(4)[:2] for _ in range(30)])
@@ -345,6 +371,11 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: cpu_kernels.rms_norm(x, torch.ones(4), 1e-6, bf16(1, 4), 0.5),
         lambda: cpu_kernels.causal_softmax(bf16(1, 2, 4), 1.0),
         lambda: cpu_kernels.swiglu_backward(bf16(2, 4), logits[:1]),
+        lambda: cpu_kernels.turned(bf16(1, 2, 3, 4), bf16(1, 2, 3), bf16(1, 2, 3)),
+        lambda: cpu_kernels.turned(bf16(3, 2, 3, 4), bf16(2, 2, 2), bf16(2, 2, 2)),
+        lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 2, 2), 5, None, None),
+        lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 1, 2), 2, None, None),
+        lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 2, 2), 2, bf16(1, 2, 5), bf16(1, 2, 1)),
     ):
         with pytest.raises(ValueError, match="do not fit"):
             call()

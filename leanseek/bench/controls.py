@@ -30,6 +30,7 @@ from leanseek.eval.bpb import bits_per_byte
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.transformer import Transformer
 from leanseek.ops.attention import attention
+from leanseek.ops.heads import turned
 from leanseek.ops.loss import linear_cross_entropy
 from leanseek.ops.sampled import by_frequency, sampled_cross_entropy
 from leanseek.train.optim import Muon
@@ -149,12 +150,12 @@ class BestBlock(nn.Module):
         self.shares = nn.Parameter(torch.tensor([1.0, 0.0, 0.5]))  # of the stream, its beginning, the value embedding
 
     def forward(self, x: Tensor, first: Tensor, value: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """x and first [B, T, D], value [B, H, T, D/H], rope each [T, D/H/2] → [B, T, D]."""
+        """x and first [B, T, D], value [B, T, H, D/H], rope each [1, T, D/H/2] → [B, T, D]."""
         x = self.shares[0] * x + self.shares[1] * first
         qkv = F.linear(self.attention_norm(x), self.qkv_proj.flatten(0, 1).to(x.dtype))
-        q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in qkv.chunk(3, dim=-1))
-        v = v + self.shares[2] * value
-        q, k = _turned(self.q_norm(q), rope), _turned(self.k_norm(k), rope)
+        q, k, v = (each.unflatten(-1, (self.heads, -1)) for each in qkv.chunk(3, dim=-1))  # each [B, T, H, D/H]
+        q, k = turned(self.q_norm(q), *rope), turned(self.k_norm(k), *rope)
+        v = torch.addcmul(v, value, self.shares[2].to(v.dtype)).transpose(1, 2)
         x = x + self.o_proj(attention(q, k, v, q.shape[-1] ** -0.5).transpose(1, 2).flatten(2))
         return x + self.down_proj(F.relu(self.up_proj(self.mlp_norm(x))).square())
 
@@ -175,10 +176,10 @@ class Best(nn.Module):
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
         """ids, positions [B, T], the same positions in every window → hidden states for the head [B, T, D]."""
         frequencies = 1024.0 ** -torch.linspace(0, 1, self.head_width // 2, device=ids.device)
-        angles = positions[0, :, None] * frequencies
-        rope = angles.cos().to(self.dtype), angles.sin().to(self.dtype)
+        angles = positions[:1, :, None] * frequencies
+        rope = angles.cos(), angles.sin()
         x = first = self.embed_norm(self.embed_tokens(ids).to(self.dtype))
-        value = self.embed_values(ids).to(self.dtype).unflatten(-1, (-1, self.head_width)).transpose(1, 2)
+        value = self.embed_values(ids).to(self.dtype).unflatten(-1, (-1, self.head_width))
         for block in self.blocks:
             x = block(x, first, value, rope)
         return self.norm(x)
@@ -208,13 +209,6 @@ def best_optimizers(model: Best, control: Control) -> list[Optimizer]:
     adamw = AdamW(groups, lr=0.0, betas=(0.8, 0.95), eps=1e-10, weight_decay=0.0, fused=True)
     muon = Muon([{"params": matrices, "rate": 1.0}], 0.95, control.weight_decay, 5, model.dtype)
     return [muon, adamw]
-
-
-def _turned(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE on x [B, H, T, W]: the two halves of a head are the pairs that turn."""
-    cos, sin = rope
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 # ── both ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -14,11 +14,11 @@ from importlib import import_module
 import torch
 from torch import Tensor
 
-from leanseek.model.rope import apply_rope
 from leanseek.ops import experts
 from leanseek.ops.backend import PLAIN, Kernels
 from leanseek.ops.elementwise import rms_norm, swiglu
 from leanseek.ops.fp8 import BLOCK, COLUMN, ROW, Tile
+from leanseek.ops.heads import apply_rope
 from leanseek.ops.loss import linear_cross_entropy
 
 PAGE = 64  # tokens

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from leanseek.config import ModelConfig
 from leanseek.model.layers import Linear, RMSNorm
 from leanseek.model.own import NOTHING, Own
-from leanseek.model.rope import apply_rope, softmax_scale
+from leanseek.model.rope import softmax_scale
 from leanseek.ops.attention import attention, largest_logits, masked_scores
+from leanseek.ops.heads import keys_and_values, turned
 
 LATENT_NORM_EPS = 1e-6  # the released code gives its latent norms this constant, whatever rms_norm_eps says
 
@@ -67,25 +68,22 @@ class MLA(nn.Module):
         own: Own = NOTHING,
     ) -> Tensor:
         """x [B, T, D], rope = cos, sin [B, T, R/2], mask bool [B, 1, T, S] or None for plain causal → [B, T, D]."""
-        cos, sin = rope
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if self.compresses_queries else self.q_proj(x)
-        # q_nope [B, T, H, N] and q_rope [B, T, H, R]
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q_rope = apply_rope(q_rope, cos[:, :, None], sin[:, :, None])
+        q = turned(q.unflatten(-1, (self.heads, -1)), *rope)
         latent, k_rope, own = self.latent(x, rope, own)
         if cache is None:
-            heads = self.direct(q_nope, q_rope, latent, k_rope, mask, own)
+            heads = self.direct(q, latent, k_rope, mask, own)
         else:
             latent, k_rope = cache.append(own.behind(latent), k_rope)
             absorb = not self.training and self.absorbing_is_cheaper(x.shape[1], latent.shape[1])
-            heads = (self.absorbed if absorb else self.direct)(q_nope, q_rope, latent, k_rope, mask)
+            heads = (self.absorbed if absorb else self.direct)(q, latent, k_rope, mask)
         return self.o_proj(heads.flatten(2))
 
     def latent(self, x: Tensor, rope: tuple[Tensor, Tensor], own: Own = NOTHING) -> tuple[Tensor, Tensor, Own]:
         """Of tokens x [B, T, D] the normed latent [B, T, C], one key for all heads [B, T, R], and what they bring."""
         latent, k_rope = self.kv_a_proj_with_mqa(x).split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         latent, own = own.through(self.kv_a_layernorm, latent)
-        return latent, apply_rope(k_rope, *rope), own
+        return latent, turned(k_rope[:, :, None], *rope)[:, 0], own
 
     def compress(self, x: Tensor, rope: tuple[Tensor, Tensor], own: Own = NOTHING) -> tuple[Tensor, Tensor]:
         """All that is kept of tokens x [B, T, D]: the normed latent [B, T, C], and one key for all heads [B, T, R].
@@ -95,46 +93,31 @@ class MLA(nn.Module):
         latent, k_rope, own = self.latent(x, rope, own)
         return own.behind(latent), k_rope
 
-    def direct(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latent: Tensor,
-        k_rope: Tensor,
-        mask: Tensor | None,
-        own: Own = NOTHING,
-    ) -> Tensor:
-        """q_nope [B, T, H, N], q_rope [B, T, H, R], latent [B, S, C + E], k_rope [B, S, R] → [B, T, H, V].
+    def direct(self, q: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None, own: Own = NOTHING) -> Tensor:
+        """q [B, H, T, N + R], latent [B, S, C + E], k_rope [B, S, R] → [B, T, H, V].
 
         Where the keys' `own` values are given apart, latent [B, S, C].
         """
-        if self.value_width and own.values is None:
-            latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
-            own = Own(values=values)
-        k_nope, v = (
-            self.kv_b_proj(latent)
-            .unflatten(-1, (self.heads, -1))
-            .split([self.qk_nope_head_dim, self.v_head_dim], dim=-1)
-        )
-        if own.values is not None:
-            share = self.value_share if own.scale is None else own.scale[..., None] * self.value_share
-            v = torch.addcmul(v, own.values.unflatten(-1, (self.heads, -1)), share.to(v.dtype))
-        # Joined heads first, which is how attention reads them.
-        k_rope_of_all = k_rope[:, None].expand(-1, self.heads, -1, -1)
-        k = torch.cat((k_nope.transpose(1, 2), k_rope_of_all), dim=-1)
-        q = torch.cat((q_nope.transpose(1, 2), q_rope.transpose(1, 2)), dim=-1)
+        share: Tensor | None = None
+        if self.value_width:
+            if own.values is None:
+                latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
+                own = Own(values=values)
+            share = self.value_share if own.scale is None else own.scale * self.value_share
+        kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
+        k, v = keys_and_values(kv, k_rope, self.v_head_dim, own.values, share)
         if self.largest_logits is not None and self.training:
             torch.maximum(self.largest_logits, largest_logits(q, k, self.scale, mask), out=self.largest_logits)
-        return attention(q, k, v.transpose(1, 2), self.scale, mask).transpose(1, 2)
+        return attention(q, k, v, self.scale, mask).transpose(1, 2)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
+    def absorbed(self, q: Tensor, latent: Tensor, k_rope: Tensor, mask: Tensor | None) -> Tensor:
         """The same values without expanding the latent: one shared key of width C + R, one shared value of width C.
 
         With value embeddings C + E for C.
         """
         w_uk, w_uv = self.expansion(latent.dtype).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
-        folded = torch.einsum("bthn,hnc->bhtc", q_nope, w_uk)
-        q = torch.cat((folded, q_rope.transpose(1, 2)), dim=-1)  # [B, H, T, C + R]
+        q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q = torch.cat((q_nope @ w_uk, q_rope), dim=-1)  # [B, H, T, C + R]
         k = torch.cat((latent, k_rope), dim=-1)[:, None]  # [B, 1, S, C + R]
         weights = masked_scores(q, k, self.scale, mask).softmax(dim=-1).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)

@@ -41,13 +41,6 @@ def rotary(positions: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     return angles.cos() * stretch, angles.sin() * stretch
 
 
-def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x₀, x₁), (x₂, x₃), … of x [..., R] by cos, sin [..., R/2]; the released weights' own layout."""
-    wide = x.to(torch.promote_types(x.dtype, cos.dtype)).contiguous()
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))  # turning a pair is multiplying a complex number
-    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2).to(x.dtype)
-
-
 def softmax_scale(config: ModelConfig) -> float:
     """qk_head_dim^-½, times mscale² under YaRN: the exponent two is V3's, one factor each for query and key."""
     scale = config.qk_head_dim**-0.5

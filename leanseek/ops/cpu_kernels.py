@@ -49,14 +49,24 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def takes(*tensors: Tensor) -> bool:
-    """Whether tensors are for the functions here: plain ones in BF16 or FP32 on a CPU, one value behind the other.
+    """Whether tensors are for the functions here, and autograd need not see what is done to them."""
+    return not torch.is_grad_enabled() and suit(*tensors)
 
-    Not where autograd would have to see what is done, nor while PyTorch's compiler reads along.
+
+def suit(*tensors: Tensor) -> bool:
+    """Whether tensors are plain ones in BF16 or FP32 on a CPU, one value behind the other.
+
+    None are while PyTorch's compiler reads along.
     """
-    return not (torch.is_grad_enabled() or torch.compiler.is_compiling()) and all(
+    return not torch.compiler.is_compiling() and all(
         type(x) is Tensor and x.device.type == "cpu" and x.dtype in DTYPES and x.is_contiguous() and x.numel()
         for x in tensors
     )
+
+
+def packed(x: Tensor) -> Tensor:
+    """x; on a CPU one value behind the other, for columns of a wider table are copied sooner than normed in pieces."""
+    return x.contiguous() if x.device.type == "cpu" else x
 
 
 # ── what the model calls ──────────────────────────────────────────────────────────────────────────────────────────
@@ -137,6 +147,66 @@ def causal_softmax_backward(grad: Tensor, p: Tensor, scale: float) -> Tensor:
     rows = _rows(grad), _rows(p), _rows(grad_scores), p.shape[-1]
     _in_parts(grad, lambda first, last: _causal_softmax_backward(first, last, *rows, factor))
     return grad_scores
+
+
+def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x [B, T, H, W], the last pairs of each head turned by cos, sin [B or 1, T, R/2] → [B, H, T, W]."""
+    return _laid_out(x, x.new_empty(x.shape[0], x.shape[2], *x.shape[1::2]), cos, sin, _turned)[1]
+
+
+def turned_backward(grad: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient of x [B, T, H, W], of that of `turned` [B, H, T, W]."""
+    return _laid_out(
+        grad.new_empty(grad.shape[0], grad.shape[2], *grad.shape[1::2]), grad, cos, -sin, _turned_backward
+    )[0]
+
+
+def _laid_out(
+    by_token: Tensor, by_head: Tensor, cos: Tensor, sin: Tensor, way: Callable[..., None]
+) -> tuple[Tensor, Tensor]:
+    """One of [B, T, H, W] and [B, H, T, W] out of the other."""
+    _check(cos.shape == sin.shape and cos.shape[:2] in (by_token.shape[:2], (1, by_token.shape[1])))
+    _check(2 * cos.shape[-1] <= by_token.shape[-1])
+    rows = _rows(by_token.flatten(2)), _rows(by_head), _rows(cos), _rows(sin), *by_head.shape[1:3]
+    _in_parts(by_token.flatten(2), lambda first, last: way(first, last, *rows))
+    return by_token, by_head
+
+
+def keys_and_values(
+    kv: Tensor, rope: Tensor, width: int, own: Tensor | None, share: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """k [B, H, T, N + R] and v [B, H, T, V] of kv [B, T, H, N + V] and rope [B, T, R]; V is the `width`.
+
+    To v is added own [B, T, H · V] times share [B, T, 1], where they are given.
+    """
+    batch, tokens, heads, both = kv.shape
+    _check(rope.shape[:2] == kv.shape[:2] and width <= both and (own is None) == (share is None))
+    _check(own is None or own.shape == (batch, tokens, heads * width))
+    k, v = kv.new_empty(batch, heads, tokens, both - width + rope.shape[-1]), kv.new_empty(batch, heads, tokens, width)
+    rows = _rows(kv.flatten(2)), _rows(rope), _rows(rope if own is None else own), _shares(share), _rows(k), _rows(v)
+    _in_parts(kv.flatten(2), lambda first, last: _keys_and_values(first, last, *rows, tokens, heads, own is not None))
+    return k, v
+
+
+def keys_and_values_backward(
+    grad_k: Tensor, grad_v: Tensor, own: Tensor | None, share: Tensor | None, nope: int
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """The gradients of kv, rope, own and, in FP32, share [B, T, 1], of those of `keys_and_values`."""
+    batch, heads, tokens, width = grad_v.shape
+    grad_kv = grad_v.new_empty(batch, tokens, heads, nope + width)
+    grad_rope = grad_k.new_empty(batch, tokens, grad_k.shape[-1] - nope)
+    grad_own = None if own is None else torch.empty_like(own)
+    grad_share = grad_v.new_empty(batch, tokens, 1, dtype=torch.float32)
+    given = _rows(grad_k), _rows(grad_v), _rows(grad_v if own is None else own), _shares(share)
+    found = (
+        _rows(grad_kv.flatten(2)),
+        _rows(grad_rope),
+        _rows(grad_v if grad_own is None else grad_own),
+        grad_share.flatten().numpy(),
+    )
+    numbers = tokens, heads, own is not None
+    _in_parts(grad_kv.flatten(2), lambda first, last: _keys_and_values_backward(first, last, *given, *found, *numbers))
+    return grad_kv, grad_rope, grad_own, grad_share
 
 
 def unpermute_backward(grad: Tensor, rows: Tensor, weights: Tensor, place: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,6 +296,10 @@ def _rows(x: Tensor) -> NDArray[Any]:
     return rows
 
 
+def _shares(x: Tensor | None) -> NDArray[np.float32]:
+    return np.zeros(1, np.float32) if x is None else x.detach().float().contiguous().flatten().numpy()
+
+
 def _copied(x: Tensor) -> NDArray[np.float32]:
     """Numbers [n] in FP32. FSDP frees the memory of a weight, which it cannot where NumPy has looked."""
     copied: NDArray[np.float32] = x.detach().to(torch.float32, copy=True).flatten().numpy()
@@ -304,6 +378,12 @@ def _exp(x):
 def _sigmoid(x):
     found = np.float32(1.0) / (np.float32(1.0) + _exp(-x if x > LOWEST else -LOWEST))
     return np.float32(0.0) if x < LOWEST else found
+
+
+@njit(**_how)
+def _place(i, h, heads, tokens):
+    """The row of head h of token i, of all tokens of a batch, where heads come first."""
+    return (i // tokens * heads + h) * tokens + i % tokens
 
 
 # ── rows ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -412,6 +492,93 @@ def _causal_softmax_backward(first, last, grad, p, grad_scores, length, scale):
         for j in range(keys):
             out[j] = _rounded((_wide(back[j]) - along) * _wide(own[j]) * scale, out)
         grad_scores[i, keys:] = 0
+
+
+@compiled
+def _turned(first, last, x, out, cos, sin, heads, tokens):
+    width = out.shape[1]
+    for i in range(first, last):
+        for h in range(heads):
+            _turn(
+                x[i, h * width : (h + 1) * width],
+                out[_place(i, h, heads, tokens)],
+                cos[i % len(cos)],
+                sin[i % len(sin)],
+            )
+
+
+@compiled
+def _turned_backward(first, last, grad_x, grad, cos, sin, heads, tokens):
+    width = grad.shape[1]
+    for i in range(first, last):
+        for h in range(heads):
+            into = grad_x[i, h * width : (h + 1) * width]
+            _turn(grad[_place(i, h, heads, tokens)], into, cos[i % len(cos)], sin[i % len(sin)])
+
+
+@njit(inline="always", **_how)  # else it takes twice as long
+def _turn(row, into, c, s):
+    kept = len(row) - 2 * len(c)
+    for j in range(kept):
+        into[j] = row[j]
+    row, into = row[kept:], into[kept:]
+    for j in range(len(c)):
+        a, b = _wide(row[2 * j]), _wide(row[2 * j + 1])
+        into[2 * j] = _rounded(a * c[j] - b * s[j], into)
+        into[2 * j + 1] = _rounded(a * s[j] + b * c[j], into)
+
+
+@compiled
+def _keys_and_values(first, last, kv, rope, own, share, k, v, tokens, heads, brings):
+    width, turned = v.shape[1], rope.shape[1]
+    nope = k.shape[1] - turned
+    for i in range(first, last):
+        for h in range(heads):
+            at = _place(i, h, heads, tokens)
+            row, key, into, both = kv[i, h * (nope + width) : (h + 1) * (nope + width)], k[at], v[at], rope[i]
+            for j in range(nope):
+                key[j] = row[j]
+            value, key = row[nope:], key[nope:]
+            for j in range(turned):
+                key[j] = both[j]
+            if brings:
+                more = own[i, h * width : (h + 1) * width]
+                for j in range(width):
+                    into[j] = _rounded(_wide(value[j]) + share[i] * _wide(more[j]), into)
+            else:
+                for j in range(width):
+                    into[j] = value[j]
+
+
+@compiled
+def _keys_and_values_backward(
+    first, last, grad_k, grad_v, own, share, grad_kv, grad_rope, grad_own, grad_share, tokens, heads, brings
+):  # fmt: skip
+    width, turned = grad_v.shape[1], grad_rope.shape[1]
+    nope = grad_k.shape[1] - turned
+    of_rope = np.empty(turned, np.float32)
+    for i in range(first, last):
+        of_rope[:], of_share = 0, np.float32(0.0)
+        for h in range(heads):
+            at = _place(i, h, heads, tokens)
+            back, into = grad_k[at], grad_kv[i, h * (nope + width) : (h + 1) * (nope + width)]
+            for j in range(nope):
+                into[j] = back[j]
+            back, into = back[nope:], into[nope:]
+            for j in range(turned):
+                of_rope[j] += _wide(back[j])
+            back = grad_v[at]
+            for j in range(width):
+                into[j] = back[j]
+            if brings:
+                more, into = own[i, h * width : (h + 1) * width], grad_own[i, h * width : (h + 1) * width]
+                for j in range(width):
+                    g = _wide(back[j])
+                    of_share += g * _wide(more[j])
+                    into[j] = _rounded(g * share[i], into)
+        grad_share[i] = of_share
+        for j in range(turned):
+            grad_rope[i, j] = _rounded(of_rope[j], grad_rope)
 
 
 @compiled

@@ -16,6 +16,7 @@ from leanseek.ops import cpu_kernels
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """weight · x / √(mean(x²) + eps) over the last dim, in at least FP32: x [..., D], weight [D] → [..., D]."""
+    x = cpu_kernels.packed(x)
     if not torch.is_grad_enabled():
         if cpu_kernels.takes(x):
             return cpu_kernels.rms_norm(x, weight, eps)[0]
@@ -44,7 +45,7 @@ def rms_norm_beside_reference(x: Tensor, weight: Tensor, beside: Tensor, share: 
 
 def rms_norm_and_scale(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """rms_norm(x) [..., D] and what it multiplies by, 1 / √(mean(x²) + eps) [..., 1], in at least FP32."""
-    return _RMSNorm.apply(x, weight, eps)
+    return _RMSNorm.apply(cpu_kernels.packed(x), weight, eps)
 
 
 def inverse_rms_reference(x: Tensor, eps: float) -> Tensor:

@@ -406,7 +406,7 @@ class _Norm:
 
 
 def turn(x: Tensor, turns: Tensor) -> None:
-    """Turns the pairs of x [..., R] in place by turns [..., R/2], as `model.rope.apply_rope` does."""
+    """Turns the pairs of x [..., R] in place by turns [..., R/2], as `ops.heads.apply_rope` does."""
     if x.dtype == torch.float32 or x.dtype == torch.float64:
         x.view(x.dtype.to_complex()).mul_(turns)
     else:

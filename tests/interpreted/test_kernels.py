@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from leanseek.model.rope import apply_rope
 from leanseek.ops import experts as reference
+from leanseek.ops.heads import apply_rope
 from leanseek.ops.loss import IGNORE
 from leanseek.ops.triton_kernels import decode, experts, grouped, loss, rope
 from tests.interpreted.grid import RAGGED, off

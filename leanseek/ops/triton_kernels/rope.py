@@ -1,6 +1,6 @@
 """RoPE on the latent key and on the queries' rotary part (report §2.1.1): pairs (x₀, x₁), (x₂, x₃), … turned.
 
-N tokens · H heads (1 for the latent key) · R rotary width. The plain twin is `model/rope.py · apply_rope`.
+N tokens · H heads (1 for the latent key) · R rotary width. The plain twin is `ops/heads.py · apply_rope`.
 """
 
 from typing import Any
