@@ -253,6 +253,8 @@ def test_the_number_of_workers_changes_nothing(
     corpus: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(read, "READ", 3000)  # many batches
+    monkeypatch.setattr("leanseek.data.prepare.READ", 1000)
+    monkeypatch.setattr("leanseek.data.prepare.FOR_A_WORKER", 1)
     half = write_jsonl(tmp_path / "half.jsonl", corpus[:200])
     other = write_jsonl(tmp_path / "other.jsonl", corpus[200:])
     report = prepare([half, f"rest={other}"], tmp_path / "D", vocab_size=600, workers=2)
@@ -391,12 +393,12 @@ def test_a_refusal_in_a_worker_is_as_clear(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["l.txt"]
 
 
-def die(batch: object, source: object) -> None:
+def die(job: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_a_killed_worker_is_one_clear_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "_clean", die)
+    monkeypatch.setattr(workers, "_do", die)
     file = write_jsonl(tmp_path / "s.jsonl", stories(5, 5))
     with pytest.raises(BadInput, match="a worker process was killed"):
         prepare([file], tmp_path / "D", workers=2)

@@ -343,7 +343,7 @@ def test_a_release_as_published_loads(ours: Tokenizer, folder: Path, tmp_path: P
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
     release = Tokenizer.load(tmp_path)
     assert (release.bos_id, release.eos_id, release.pad_id) == (0, 1, 2)
-    assert release._cuttable
+    assert release.separates_words
     text = f"x {U} <think> y"
     assert release.encode(text) == ours.encode(text)
     assert release.encode_chat(CHAT) == ours.encode_chat(CHAT)

@@ -21,6 +21,7 @@ from datatrove.data import Document, DocumentsPipeline
 from datatrove.pipeline.base import PipelineStep
 
 from leanseek.data.duplicates import PERMUTATIONS, first_of_equals, near_duplicates, signature
+from leanseek.data.encoder import WordEncoder
 from leanseek.data.filters import Filters, judge
 from leanseek.data.prepare import SHARD_TOKENS, VALIDATION
 from leanseek.data.shards import SPLITS, ShardEntry, ShardWriter, write_manifest
@@ -126,18 +127,18 @@ class Shard(PipelineStep):
         self.out, self.tokenizer = Path(out), Path(tokenizer)
 
     def run(self, data: DocumentsPipeline, rank: int = 0, world_size: int = 1) -> DocumentsPipeline:
-        tokenizer = Tokenizer.load(self.tokenizer)
+        encode = WordEncoder.load(self.tokenizer)
         (self.out / "shards").mkdir(parents=True, exist_ok=True)
         writers: dict[tuple[str, str], ShardWriter] = {}
         with ExitStack() as open_ones:
             for batch in _batches(data, self.BATCH):
-                for document, ids in zip(batch, tokenizer.encode_batch([one.text for one in batch]), strict=True):
+                for document, ids in zip(batch, encode([one.text for one in batch]), strict=True):
                     chance = int.from_bytes(content_hash(document.text)[:8], "big") / 2**64
                     key = SPLITS[chance < VALIDATION], document.metadata["source"]
                     if key not in writers:
                         split, source = key
                         writer = ShardWriter(
-                            self.out / "shards", split, source, rank, tokenizer.vocab_size, SHARD_TOKENS
+                            self.out / "shards", split, source, rank, encode.tokenizer.vocab_size, SHARD_TOKENS
                         )
                         writers[key] = open_ones.enter_context(writer)
                     writers[key].add(ids, document.metadata["raw_size"])

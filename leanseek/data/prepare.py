@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -18,20 +19,22 @@ import numpy as np
 from leanseek.config import BadInput, nearest
 from leanseek.data.classifier import Classifier
 from leanseek.data.duplicates import Forbidden, first_of_equals, near_duplicates
+from leanseek.data.encoder import WordEncoder
 from leanseek.data.filters import Filters
 from leanseek.data.phases import Work
 from leanseek.data.read import READ, Damage, Source, batches, find_source, parse, strings_of
-from leanseek.data.shards import ShardEntry, ShardWriter, write_manifest
+from leanseek.data.shards import SPLITS, ShardEntry, ShardWriter, write_manifest
 from leanseek.data.spool import SPOOLED, Documents, Spool, of_hash
 from leanseek.data.tally import SAMPLE_CHARACTERS, SAMPLES, Report, Step
 from leanseek.data.tokenizer import Tokenizer
 from leanseek.data.words import content_hash
-from leanseek.data.workers import Dropped, Kept, map_in_order, worker_count
+from leanseek.data.workers import Cleaner, Dropped, Kept, in_order, worker_count
 
 VALIDATION = 0.01  # share of the documents
 END_HELD_OUT = 0.05  # share of the bytes, where there is only one document
 TOKENIZER_SAMPLE = 50_000_000  # bytes of training text that a tokenizer is learnt from
 SHARD_TOKENS = 1 << 25
+FOR_A_WORKER = 64 << 20  # bytes of text that are worth learning their words once more
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _all_phases(
             tokenizer.save(work.folder / "tokenizer")
         tokenizer = Tokenizer.load(work.folder / "tokenizer")
         with work.phase("tokenise", int(documents["size"].sum())):
-            entries = _tokenise(documents, names, spool, tokenizer, work)
+            entries = _tokenise(documents, names, spool, tokenizer, work, workers)
     if work.report.dropped:
         _write_dropped(work)
     write_manifest(work.folder, entries, tokenizer, work.report.state())
@@ -216,7 +219,7 @@ def _read(
     report, both, damage = work.report, held_out + sources, Damage()
     steps = [report.step(name) for name in filters.names()]
     jobs = ((batch, both[batch.source].name if batch.source >= len(held_out) else None) for batch in batches(both))
-    for cleaned in map_in_order(workers, jobs, filters):
+    for cleaned in in_order(workers, partial(Cleaner, filters), jobs):
         records = cleaned.records
         source, validates = both[records.batch.source].name, records.batch.source < len(held_out)
         damage.add(records)
@@ -345,24 +348,33 @@ def _learn(documents: Documents, spool: Spool, vocab_size: int, report: Report) 
 
 
 def _tokenise(
-    documents: Documents, names: tuple[str, ...], spool: Spool, tokenizer: Tokenizer, work: Work
+    documents: Documents, names: tuple[str, ...], spool: Spool, tokenizer: Tokenizer, work: Work, workers: int
 ) -> list[ShardEntry]:
     report, folder = work.report, work.folder / "shards"
     shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
     folder.mkdir()
     entries: list[ShardEntry] = []
-    for split, members in (("train", ~documents["held_out"]), ("validation", documents["held_out"])):
-        for number, name in enumerate(names):
-            chosen = documents[members & (documents["source"] == number)]
-            with ShardWriter(folder, split, name, number, tokenizer.vocab_size, SHARD_TOKENS) as writer:
-                # Batches of about four megabytes keep all processors busy and little in memory.
-                for _, group in groupby(chosen, key=lambda document: int(document["start"]) // (4 * READ)):
-                    batch = list(group)
-                    encoded = tokenizer.encode_batch([spool.text(document) for document in batch])
-                    for document, ids in zip(batch, encoded, strict=True):
-                        writer.add(ids, int(document["raw_size"]))
-                    work.advance(sum(int(document["size"]) for document in batch))
-            entries += writer.entries
+    # Batches of about four megabytes keep all processors busy and little in memory.
+    plan = [
+        (split, number, list(batch))
+        for split, members in zip(SPLITS, (~documents["held_out"], documents["held_out"]), strict=True)
+        for number in range(len(names))
+        for _, batch in groupby(
+            documents[members & (documents["source"] == number)],
+            key=lambda document: int(document["start"]) // (4 * READ),
+        )
+    ]
+    workers = min(workers, 1 + int(documents["size"].sum()) // FOR_A_WORKER)
+    texts = ([spool.text(document) for document in batch] for _, _, batch in plan)
+    encoded = in_order(workers, partial(WordEncoder.load, work.folder / "tokenizer"), texts)
+    for (split, number), group in groupby(zip(plan, encoded, strict=True), key=lambda each: each[0][:2]):
+        with ShardWriter(folder, split, names[number], number, tokenizer.vocab_size, SHARD_TOKENS) as writer:
+            for (_, _, batch), ids_of_each in group:
+                for document, ids in zip(batch, ids_of_each, strict=True):
+                    writer.add(ids, int(document["raw_size"]))
+                work.advance(sum(int(document["size"]) for document in batch))
+        entries += writer.entries
+    for split in SPLITS:
         of_split = [entry for entry in entries if entry.split == split]
         report.documents[split] = sum(entry.documents for entry in of_split)
         report.bytes[split] = sum(entry.bytes for entry in of_split)

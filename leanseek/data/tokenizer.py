@@ -40,9 +40,10 @@ SPLITS = (
     r"""[!"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+"""
     r"""| ?[\p{P}\p{S}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+""",
 )
-# Places where those three splits always separate: after a line break that a word follows, and before a space between
-# two words. A long text is cut there and the parts encoded side by side, with the same ids as the whole.
-SAFE_CUT = re.compile(r"(?<=\n)(?=\w)|(?<=[A-Za-z])(?= [A-Za-z])")
+# Places where those three splits always separate: before a space that stands alone, and after a line break that a word
+# follows. A long text is cut there and the parts encoded side by side, with the same ids as the whole.
+WORD = re.compile(r"(?= \S)(?<=\S)")
+SAFE_CUT = re.compile(rf"(?<=\n)(?=\w)|{WORD.pattern}")
 PART = 1 << 16  # characters after which a long text is cut at the next such place
 
 CHAT_TEMPLATE = r"""
@@ -97,7 +98,7 @@ class Tokenizer:
         # A tokenizer without added tokens encodes the text: whatever the text spells, no special token can come out.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(tree | {"added_tokens": [], "post_processor": None}))
         self.splits = _split_patterns(tree)
-        self._cuttable = self.splits == SPLITS
+        self.separates_words = self.splits == SPLITS  # text may be cut at `WORD`
         self.special: dict[str, int] = {token["content"]: token["id"] for token in tree["added_tokens"]}
         self.vocab_size = max(vocabulary.values()) + 1
         self.bos_id = self._named("bos_token")
@@ -195,7 +196,7 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """`encode` of many texts, on all processors."""
-        parts = [list(_parts(text)) if self._cuttable else [text] for text in texts]
+        parts = [list(_parts(text)) if self.separates_words else [text] for text in texts]
         try:
             encodings = iter(
                 self._plain.encode_batch_fast([part for some in parts for part in some], add_special_tokens=False)

@@ -1,13 +1,14 @@
-"""A pool of processes that clean text, results in the order of the inputs."""
+"""A pool of processes that clean or tokenise text, results in the order of the inputs."""
 
 import multiprocessing
 import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -16,6 +17,9 @@ from leanseek.data.duplicates import signature
 from leanseek.data.filters import Filters, Judged, judge
 from leanseek.data.read import Batch, Records, Source, parse
 from leanseek.data.words import WordHashes, content_hash
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
 
 ALONE = 8 << 20  # bytes of input below which starting workers costs more than they save
 
@@ -48,6 +52,17 @@ class Cleaned:
     masked: dict[str, int]
 
 
+class Cleaner:
+    """`clean_batch` with the filters that were asked for; validation text, whose source is None, is taken as it is."""
+
+    def __init__(self, filters: Filters) -> None:
+        self.filters = filters
+
+    def __call__(self, job: tuple[Batch, str | None]) -> Cleaned:
+        batch, source = job
+        return clean_batch(batch, source or "", self.filters if source else Filters())
+
+
 def clean_batch(batch: Batch, source: str, filters: Filters) -> Cleaned:
     """A pure function. Raises BadInput for a named text file that is not UTF-8."""
     records, hashes, masked = parse(batch), WordHashes(), dict[str, int]()
@@ -68,21 +83,17 @@ def _outcome(judged: Judged, raw_size: int) -> Kept | Dropped:
     return Kept(text.encode(), raw_size, judged.score, content_hash(text), signature(judged.words))
 
 
-Job = tuple[Batch, str | None]  # with the name of its source; None: validation text, which is taken as it is
-_asked = Filters()  # in a worker: what it was started with, so that it does not travel with every batch
-
-
-def map_in_order(workers: int, jobs: Iterable[Job], filters: Filters) -> Iterator[Cleaned]:
-    """`clean_batch` on so many processes, a few batches in flight."""
+def in_order(workers: int, start: Callable[[], Callable[[Job], Result]], jobs: Iterable[Job]) -> Iterator[Result]:
+    """Each job done by what `start` makes in each of so many processes, a few jobs in flight."""
     if workers == 1:
-        yield from (clean_batch(batch, source or "", filters if source else Filters()) for batch, source in jobs)
+        yield from map(start(), jobs)
         return
     context = multiprocessing.get_context("spawn")  # forking a process with threads is not safe
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start, initargs=(filters,))
-    flying: deque[Future[Cleaned]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(start,))
+    flying: deque[Future[Result]] = deque()
     try:
         for job in jobs:
-            flying.append(pool.submit(_clean, *job))
+            flying.append(pool.submit(_do, job))
             if len(flying) > 4 * workers:
                 yield flying.popleft().result()
         while flying:
@@ -91,13 +102,17 @@ def map_in_order(workers: int, jobs: Iterable[Job], filters: Filters) -> Iterato
         pool.shutdown(cancel_futures=True)
 
 
-def _clean(batch: Batch, source: str | None) -> Cleaned:
-    return clean_batch(batch, source or "", _asked if source else Filters())
+_work: Callable[[Any], Any]  # in a worker: what was made when it started
 
 
-def _start(filters: Filters) -> None:
-    global _asked
-    _asked = filters
+def _do(job: Job) -> Any:
+    return _work(job)
+
+
+def _begin(start: Callable[[], Callable[[Any], Any]]) -> None:
+    global _work
+    os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizers library's: there is a process for each processor already
+    _work = start()
     # Ctrl-C is the parent's to answer, and a worker whose parent was killed goes too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
