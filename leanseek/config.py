@@ -316,6 +316,7 @@ class CountsConfig(Section):
     # what must not be missing (`ops/sampled.py`); none: over all.
     frequent: int | None = Field(None, gt=0)
     groups: int = Field(4, gt=1)
+    begin: bool = False  # embedding and head begin with what pairs of tokens say (`train/pairs.py`)
 
     def candidates(self, vocab_size: int) -> float:
         """Ids that a place's loss is over, beside those that the text and the counts have there."""

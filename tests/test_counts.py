@@ -433,7 +433,8 @@ def test_kinds_of_tokens_are_weighed() -> None:
 
 
 def trains(rank: int, world: int, data: Path, run: Path, *overrides: str) -> None:
-    pretrain(read_recipe(str(RECIPE), (*ASKED, "train.tokens=2048", *overrides)), data, run)
+    asked = (*ASKED, "counts.begin=true", "train.tokens=2048", *overrides)
+    pretrain(read_recipe(str(RECIPE), asked), data, run)
 
 
 @pytest.mark.parametrize("mesh", ["mesh.dp=2", "mesh.ep=2"])

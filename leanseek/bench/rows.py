@@ -77,7 +77,7 @@ ROWS = (
             "schedule.mtp_weight=[{until=0.676, value=0.3}, {until=1.0, value=0.1}]",
         ),
     ),
-    Row(OURS, "LeanSeek's recipe nano, as shipped", 2_250_000, recipe="nano"),
+    Row(OURS, "LeanSeek's recipe nano, as shipped", 2_000_000, recipe="nano"),
 )
 
 

@@ -21,6 +21,7 @@ from leanseek.data.tokenizer import Tokenizer
 from leanseek.train.counts import counts_of
 from leanseek.train.cpu import ready_cpu
 from leanseek.train.log import read_metrics
+from leanseek.train.pairs import beginning
 from leanseek.train.pretrain import pretrain
 from leanseek.train.schedule import Kind, kinds_of_tokens
 
@@ -67,7 +68,7 @@ def counting_cpu_seconds(row: Row, folder: Path) -> float:
     if config is None or config.counts is None:
         return 0.0
     data, began = open_data(folder, verify=False), time.process_time()
-    counts_of(config, data, Tokenizer.load(data.tokenizer_folder), torch.device("cpu"))
+    beginning(config, counts_of(config, data, Tokenizer.load(data.tokenizer_folder), torch.device("cpu")))
     return time.process_time() - began
 
 

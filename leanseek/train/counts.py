@@ -30,6 +30,7 @@ class Counts:
     ngrams: NGrams
     base: Tensor  # [V, V] or [1, V]
     vocabulary: Vocabulary
+    times: Tensor  # [V] that each token comes in the text
 
     def expected(self, ids: Tensor) -> Expected:
         """ids [b, T] of whole rows → what may follow each of their tokens."""
@@ -74,7 +75,7 @@ def counted(
     times = torch.from_numpy(np.bincount(stream, minlength=vocab_size))
     vocabulary = by_frequency(times.to(device), config.frequent or vocab_size, config.groups)
     ngrams = count(vocabulary.number.cpu().numpy()[stream], vocab_size, config.order)
-    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device, dtype), vocabulary)
+    return Counts(ngrams, torch.from_numpy(ngrams.base).to(device, dtype), vocabulary, times[vocabulary.ids.cpu()])
 
 
 def _documents(data: Data, tokenizer: Tokenizer) -> Iterator[NDArray[np.integer]]:

@@ -1,6 +1,7 @@
 """Pre-training (report §4): puts model, optimizers, data and validation together and hands them to the loop."""
 
 import time
+from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.optim import Optimizer
 
 from leanseek import checkpoint
@@ -22,8 +24,9 @@ from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of,
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.counts import counts_of
 from leanseek.train.loop import cpu_seconds
+from leanseek.train.pairs import beginning
 from leanseek.train.schedule import Knobs, flops_of_kind, kind_of_token
-from leanseek.train.setup import build, take_up, train_and_bill
+from leanseek.train.setup import DTYPES, build, take_up, train_and_bill
 from leanseek.train.step import train_step
 from leanseek.train.teacher import check_teacher, teacher_of
 
@@ -54,13 +57,18 @@ def _opened(folder: Path) -> tuple[Data, Tokenizer]:
 
 
 def assemble(
-    config: Config, data: Data, tokenizer: Tokenizer, ranks: Ranks = ALONE, drawn: bool = True
+    config: Config,
+    data: Data,
+    tokenizer: Tokenizer,
+    ranks: Ranks = ALONE,
+    drawn: bool = True,
+    known: Mapping[str, Tensor] | None = None,
 ) -> tuple[Transformer, list[Optimizer], Loader, Pipeline | None]:
     """What a run begins with: the initialised model on its device, its optimizers, the batches, and its pipeline.
 
-    Unless the weights are `drawn`, they are to be loaded.
+    Unless the weights are `drawn`, they are to be loaded; those that are `known` stand for what would be drawn.
     """
-    model, optimizers, pipeline = build(config, ranks, drawn)
+    model, optimizers, pipeline = build(config, ranks, drawn, known)
     loader = Loader(data, config.stages, config.train.tokens, config.train.seed, config.data, tokenizer)
     return model, optimizers, loader, pipeline
 
@@ -75,14 +83,15 @@ def train_on(
 ) -> dict[str, Any]:
     """Trains RUN, which is locked, from where it stopped, else from the weights of `begin`, else from scratch."""
     held = begin or lead(lambda: checkpoint.newest(run, lambda _: None), ranks.group("world"))
-    model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks, drawn=held is None)
+    wall, cpu = time.monotonic(), cpu_seconds()
+    counts = counts_of(config, data, tokenizer, ranks.device, DTYPES[config.train.dtype])
+    known = beginning(config, counts) if held is None else {}
+    spent = time.monotonic() - wall, cpu_seconds() - cpu  # counting is a part of the bill
+    model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks, held is None, known)
     if begin is not None:  # weights and routing bias: the optimizers begin anew
         checkpoint.load_model_weights(begin.model, model, ranks=ranks)
     scorer = model if pipeline is None else pipeline.nats
     teacher = teacher_of(config, tokenizer)
-    wall, cpu = time.monotonic(), cpu_seconds()
-    counts = counts_of(config, data, tokenizer, next(model.parameters()).device, model.dtype)
-    spent = time.monotonic() - wall, cpu_seconds() - cpu  # counting is a part of the bill
     documents = validation_documents(data, config.train.eval_tokens)
 
     def evaluate(stage: int) -> float:

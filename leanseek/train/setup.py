@@ -1,7 +1,7 @@
 """What every stage of training begins and ends with: a run folder, a model with its optimizers, the loop, the bill."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,13 @@ def take_up(
 
 
 def build(
-    config: Config, ranks: Ranks = ALONE, drawn: bool = True
+    config: Config, ranks: Ranks = ALONE, drawn: bool = True, known: Mapping[str, Tensor] | None = None
 ) -> tuple[Transformer, list[Optimizer], Pipeline | None]:
     """The initialised model on its device, which is made ready for it, and the optimizers: of many ranks one's part.
 
     Where the layers are on several ranks, also what takes batches through them. Unless the weights are `drawn` they
-    hold anything, and are to be loaded. Of many ranks none ever has the whole model: it draws all weights, one tensor
-    after the other, and keeps its part of each.
+    hold anything, and are to be loaded; those that are `known` stand for what would be drawn. Of many ranks none ever
+    has the whole model: it draws all weights, one tensor after the other, and keeps its part of each.
     """
     dtype, asked = DTYPES[config.train.dtype], config.train
     generator = torch.Generator().manual_seed(asked.seed) if drawn else None
@@ -89,10 +89,14 @@ def build(
         model = Transformer(config.model, dtype)
         if generator is not None:
             model.initialise(asked.init_std, generator, asked.embedding_std, asked.zero_outputs)
+        for name, value in (known or {}).items():
+            model.get_parameter(name).data.copy_(value)
         return ready(config, model, ranks)
     with torch.device("meta"):
         model, whole = Transformer(config.model, dtype), Transformer(config.model, dtype)
     weights = whole.beginning(asked.init_std, generator, asked.embedding_std, asked.zero_outputs)
+    if known is not None:
+        weights = ((name, known.get(name, drawn_one)) for name, drawn_one in weights)
     return ready(config, model, ranks, weights)
 
 
