@@ -27,7 +27,9 @@ REMOVED: dict[str, tuple[str, ...]] = {
     "counts until 80%": (
         "schedule.count_weight=[{until=0.4,value=1.0},{until=0.8,value=0.0,shape='linear'},{until=1.0,value=0.0}]",
     ),
-    "no counts": ("schedule.count_weight=[{until=1.0,value=0.0}]",),
+    "no counts": ("counts=none", "schedule.count_weight=[{until=1.0,value=0.0}]"),
+    "counts, but not begun on the pairs": ("counts.begin=false",),
+    "begun on the pairs, but no counts": ("schedule.count_weight=[{until=1.0,value=0.0}]",),
     "counts of three tokens": ("counts.order=3",),
     "all ids in every loss": ("counts.frequent=none",),
     "weight decay 0.1": ("optimizer.weight_decay=0.1",),
