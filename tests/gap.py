@@ -11,7 +11,9 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from math import hypot
 from pathlib import Path
+from statistics import mean, stdev
 from unittest.mock import patch
 
 import torch
@@ -165,8 +167,14 @@ def gap(ours: list[float], theirs: list[float], last: int = LAST) -> float:
 
 
 def middle(runs: Iterable[list[float]]) -> list[float]:
-    """The mean loss of each step."""
-    return [sum(losses) / len(losses) for losses in zip(*runs, strict=True)]
+    """The mean loss of each step that all have."""
+    return [sum(losses) / len(losses) for losses in zip(*runs, strict=False)]
+
+
+def error(runs: list[list[float]], last: int = LAST) -> float:
+    """The standard error of the mean of so many runs, relative, over their last steps."""
+    ends = [sum(run[-last:]) / last for run in runs]
+    return stdev(ends) / len(ends) ** 0.5 / mean(ends)
 
 
 def main() -> None:
@@ -189,7 +197,8 @@ def main() -> None:
         print(f"{variant:24}{len(found):6} steps{sum(found[-LAST:]) / LAST:10.4f}", *gaps)
     if {*BF16, *FP8} <= known.keys():
         both = (middle(known[variant] for variant in kind) for kind in (FP8, BF16))
-        print(f"the mean of {len(FP8)} in FP8 lies {gap(*both):.3%} from that of {len(BF16)} in BF16")
+        chance = hypot(*(error([known[variant] for variant in kind]) for kind in (FP8, BF16)))
+        print(f"the mean of {len(FP8)} in FP8 lies {gap(*both):.3%} ± {chance:.3%} from that of {len(BF16)} in BF16")
 
 
 if __name__ == "__main__":

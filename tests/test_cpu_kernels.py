@@ -249,7 +249,7 @@ def test_keys_and_values(own: str, dtype: torch.dtype) -> None:
     inputs = (kv, rope) if own.startswith("no") else (kv, rope, torch.randn(2, 5, 3 * 7).to(dtype), share)
 
     def joined(function: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., Tensor]:
-        return lambda kv, rope, *own: torch.cat(function(kv, rope, 7, *own), dim=-1)
+        return lambda kv, rope, *own: torch.cat(function(kv, rope, 7, own or None), dim=-1)
 
     pairs = against_fp64(joined(keys_and_values), joined(keys_and_values_reference), inputs)
     for found, wanted in pairs:
@@ -363,7 +363,7 @@ def test_a_column_of_a_table_is_normed_too() -> None:
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    logits, x = bf16(2, 8), bf16(2, 4)
+    logits, x, heads = bf16(2, 8), bf16(2, 4), (bf16(1, 3, 2, 4), bf16(1, 3, 2, 2))
     for call in (
         lambda: cpu_kernels.cross_entropy(logits, torch.tensor([1, 8])),
         lambda: cpu_kernels.cross_entropy(logits, torch.tensor([1])),
@@ -371,11 +371,15 @@ def test_what_does_not_fit_is_refused() -> None:
         lambda: cpu_kernels.rms_norm(x, torch.ones(4), 1e-6, bf16(1, 4), 0.5),
         lambda: cpu_kernels.causal_softmax(bf16(1, 2, 4), 1.0),
         lambda: cpu_kernels.swiglu_backward(bf16(2, 4), logits[:1]),
-        lambda: cpu_kernels.turned(bf16(1, 2, 3, 4), bf16(1, 2, 3), bf16(1, 2, 3)),
-        lambda: cpu_kernels.turned(bf16(3, 2, 3, 4), bf16(2, 2, 2), bf16(2, 2, 2)),
+        lambda: cpu_kernels.turned(bf16(1, 2, 3, 4), torch.ones(1, 2, 3), torch.ones(1, 2, 3)),
+        lambda: cpu_kernels.turned(bf16(3, 2, 3, 4), torch.ones(2, 2, 2), torch.ones(2, 2, 2)),
+        lambda: cpu_kernels.turned(bf16(1, 2, 3, 4), bf16(1, 2, 2), bf16(1, 2, 2)),
         lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 2, 2), 5, None, None),
         lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 1, 2), 2, None, None),
         lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 2, 2), 2, bf16(1, 2, 5), bf16(1, 2, 1)),
+        lambda: cpu_kernels.keys_and_values(bf16(1, 2, 3, 4), bf16(1, 2, 2), 2, bf16(1, 2, 6), bf16(1)),
+        lambda: cpu_kernels.keys_and_values_backward(*heads, bf16(1, 2, 5), bf16(1, 2, 1), 2),
+        lambda: cpu_kernels.keys_and_values_backward(heads[0], heads[1][:, :, :1], None, None, 2),
     ):
         with pytest.raises(ValueError, match="do not fit"):
             call()

@@ -74,6 +74,7 @@ def test_a_run_begins_with_them_and_is_ahead(tmp_path: Path) -> None:
 
 
 def test_more_ids_than_make_a_table_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr("leanseek.data.ngrams.LARGEST_TABLE", 50)
+    monkeypatch.setattr("leanseek.train.pairs.LARGEST_TABLE", 50)
     with pytest.raises(BadInput, match=r"counts\.begin: pairs of .* ids are no table"):
         pretrain(read_recipe(str(RECIPE), (*ASKED, "train.tokens=2048")), make_data(tmp_path), tmp_path / "run")
+    assert not (tmp_path / "run" / "config.toml").exists()

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from leanseek.config import BadInput
 from leanseek.data.tokenizer import WORD, Tokenizer, token_dtype
 
-MOST = 1 << 20  # words that are kept in mind
+MOST = 1 << 20  # words that are kept in mind, and an eighth of their ids
 BETWEEN = "\0"  # no word of ours, and a token for itself wherever a space comes after it
 
 
@@ -25,17 +26,21 @@ class WordEncoder:
 
     @classmethod
     def load(cls, folder: Path | str) -> "WordEncoder":
-        """With the tokenizer of a folder."""
+        """With the tokenizer of a folder. Raises BadInput."""
         return cls(Tokenizer.load(folder))
 
     def __call__(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """The ids of each text. Raises BadInput for text that is not Unicode."""
+        """The ids of each text [tokens], in `token_dtype`. Raises BadInput for text that is not Unicode."""
         if not self.tokenizer.separates_words:
-            return [np.array(ids, self._dtype) for ids in self.tokenizer.encode_batch(texts)]
-        if len(self._numbers) > MOST:
+            return self._encoded(texts)
+        if len(self._numbers) > MOST or len(self._ids) > 8 * MOST:  # where no spaces are, a word is a whole text
             self._forget()
         numbered = [np.fromiter(map(self._numbers.__getitem__, WORD.split(text)), np.int64) for text in texts]
-        self._learn(self._numbers.new)
+        try:
+            self._learn(self._numbers.new)
+        except BadInput:
+            self._forget()
+            raise
         self._numbers.new = []
         return [self._joined(numbers) for numbers in numbered]
 
@@ -60,7 +65,7 @@ class WordEncoder:
         self._lengths = np.concatenate([self._lengths, lengths])
         self._ids = np.concatenate([self._ids, together, *others])
 
-    def _encoded(self, texts: list[str]) -> list[np.ndarray]:
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
         return [np.array(ids, self._dtype) for ids in self.tokenizer.encode_batch(texts)]
 
     def _joined(self, numbers: np.ndarray) -> np.ndarray:

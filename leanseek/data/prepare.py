@@ -354,25 +354,21 @@ def _tokenise(
     shutil.rmtree(folder, ignore_errors=True)  # of one that was killed
     folder.mkdir()
     entries: list[ShardEntry] = []
-    # Batches of about four megabytes keep all processors busy and little in memory.
-    plan = [
-        (split, number, list(batch))
+    plan = [  # which documents, a megabyte at a time
+        (split, number, batch)
         for split, members in zip(SPLITS, (~documents["held_out"], documents["held_out"]), strict=True)
         for number in range(len(names))
-        for _, batch in groupby(
-            documents[members & (documents["source"] == number)],
-            key=lambda document: int(document["start"]) // (4 * READ),
-        )
+        for batch in _batches(documents, np.flatnonzero(members & (documents["source"] == number)))
     ]
     workers = min(workers, 1 + int(documents["size"].sum()) // FOR_A_WORKER)
-    texts = ([spool.text(document) for document in batch] for _, _, batch in plan)
+    texts = ([spool.text(document) for document in documents[batch]] for _, _, batch in plan)
     encoded = in_order(workers, partial(WordEncoder.load, work.folder / "tokenizer"), texts)
     for (split, number), group in groupby(zip(plan, encoded, strict=True), key=lambda each: each[0][:2]):
         with ShardWriter(folder, split, names[number], number, tokenizer.vocab_size, SHARD_TOKENS) as writer:
             for (_, _, batch), ids_of_each in group:
-                for document, ids in zip(batch, ids_of_each, strict=True):
-                    writer.add(ids, int(document["raw_size"]))
-                work.advance(sum(int(document["size"]) for document in batch))
+                for raw_size, ids in zip(documents["raw_size"][batch], ids_of_each, strict=True):
+                    writer.add(ids, int(raw_size))
+                work.advance(int(documents["size"][batch].sum()))
         entries += writer.entries
     for split in SPLITS:
         of_split = [entry for entry in entries if entry.split == split]
@@ -385,6 +381,11 @@ def _tokenise(
         if of_source := [entry for entry in entries if entry.source == name]:
             report.bytes_per_token_by_source[name] = _rate(of_source)
     return entries
+
+
+def _batches(documents: Documents, chosen: np.ndarray) -> list[np.ndarray]:
+    """Chosen documents, by their indices, cut wherever another megabyte of the spool begins."""
+    return np.split(chosen, np.flatnonzero(np.diff(documents["start"][chosen] // READ)) + 1) if len(chosen) else []
 
 
 def _rate(entries: list[ShardEntry]) -> float:

@@ -84,7 +84,10 @@ def _outcome(judged: Judged, raw_size: int) -> Kept | Dropped:
 
 
 def in_order(workers: int, start: Callable[[], Callable[[Job], Result]], jobs: Iterable[Job]) -> Iterator[Result]:
-    """Each job done by what `start` makes in each of so many processes, a few jobs in flight."""
+    """Each job done by what `start` makes in each of so many processes, a few jobs in flight.
+
+    Raises what a job raises, and BrokenProcessPool where a process was killed.
+    """
     if workers == 1:
         yield from map(start(), jobs)
         return
@@ -102,17 +105,21 @@ def in_order(workers: int, start: Callable[[], Callable[[Job], Result]], jobs: I
         pool.shutdown(cancel_futures=True)
 
 
-_work: Callable[[Any], Any]  # in a worker: what was made when it started
+_start: Callable[[], Callable[[Any], Any]]  # in a worker: what it was started with, and what that made
+_work: Callable[[Any], Any] | None = None
 
 
 def _do(job: Job) -> Any:
+    global _work
+    if _work is None:
+        _work = _start()
     return _work(job)
 
 
 def _begin(start: Callable[[], Callable[[Any], Any]]) -> None:
-    global _work
+    global _start
+    _start = start
     os.environ["RAYON_NUM_THREADS"] = "1"  # the tokenizers library's: there is a process for each processor already
-    _work = start()
     # Ctrl-C is the parent's to answer, and a worker whose parent was killed goes too.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()

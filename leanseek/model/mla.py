@@ -98,14 +98,14 @@ class MLA(nn.Module):
 
         Where the keys' `own` values are given apart, latent [B, S, C].
         """
-        share: Tensor | None = None
-        if self.value_width:
-            if own.values is None:
-                latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
-                own = Own(values=values)
-            share = self.value_share if own.scale is None else own.scale * self.value_share
+        if self.value_width and own.values is None:
+            latent, values = latent.split([self.kv_lora_rank, self.value_width], dim=-1)
+            own = Own(values=values)
+        more = None
+        if own.values is not None:
+            more = own.values, self.value_share if own.scale is None else own.scale * self.value_share
         kv = self.kv_b_proj(latent).unflatten(-1, (self.heads, -1))
-        k, v = keys_and_values(kv, k_rope, self.v_head_dim, own.values, share)
+        k, v = keys_and_values(kv, k_rope, self.v_head_dim, more)
         if self.largest_logits is not None and self.training:
             torch.maximum(self.largest_logits, largest_logits(q, k, self.scale, mask), out=self.largest_logits)
         return attention(q, k, v, self.scale, mask).transpose(1, 2)
@@ -117,7 +117,7 @@ class MLA(nn.Module):
         """
         w_uk, w_uv = self.expansion(latent.dtype).split([self.qk_nope_head_dim, self.v_head_dim], dim=1)
         q_nope, q_rope = q.split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
-        q = torch.cat((q_nope @ w_uk, q_rope), dim=-1)  # [B, H, T, C + R]
+        q = torch.cat((torch.einsum("bhtn,hnc->bhtc", q_nope, w_uk), q_rope), dim=-1)  # [B, H, T, C + R]
         k = torch.cat((latent, k_rope), dim=-1)[:, None]  # [B, 1, S, C + R]
         weights = masked_scores(q, k, self.scale, mask).softmax(dim=-1).to(latent.dtype)
         return torch.einsum("bhtc,hvc->bthv", weights @ latent[:, None], w_uv)

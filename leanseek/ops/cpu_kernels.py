@@ -5,8 +5,8 @@ the first cache until all is done to it. Numba compiles a function when it is fi
 processes. It does not know BF16, so 16 bits are widened to FP32 by hand; in FP32 is all that happens between, and what
 comes of it is rounded once.
 
-The functions of `elementwise`, `attention`, `experts`, `loss` and `sampled` call these where `takes` says so, and what
-they do elsewhere is the specification.
+The functions of `elementwise`, `heads`, `attention`, `experts`, `loss` and `sampled` call these where `takes` or `suit`
+says so, and what they do elsewhere is the specification.
 
 n rows · D width · F width of an expert · T tokens in a row · S candidates · V vocabulary · N tokens · K experts each.
 """
@@ -65,7 +65,7 @@ def suit(*tensors: Tensor) -> bool:
 
 
 def packed(x: Tensor) -> Tensor:
-    """x; on a CPU one value behind the other, for columns of a wider table are copied sooner than normed in pieces."""
+    """x; on a CPU one value behind the other, so that it suits: copying columns of a wider table costs less."""
     return x.contiguous() if x.device.type == "cpu" else x
 
 
@@ -150,7 +150,7 @@ def causal_softmax_backward(grad: Tensor, p: Tensor, scale: float) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, W], the last pairs of each head turned by cos, sin [B or 1, T, R/2] → [B, H, T, W]."""
+    """x [B, T, H, W], the last pairs of each head turned by cos, sin [B or 1, T, R/2] in FP32 → [B, H, T, W]."""
     return _laid_out(x, x.new_empty(x.shape[0], x.shape[2], *x.shape[1::2]), cos, sin, _turned)[1]
 
 
@@ -166,7 +166,7 @@ def _laid_out(
 ) -> tuple[Tensor, Tensor]:
     """One of [B, T, H, W] and [B, H, T, W] out of the other."""
     _check(cos.shape == sin.shape and cos.shape[:2] in (by_token.shape[:2], (1, by_token.shape[1])))
-    _check(2 * cos.shape[-1] <= by_token.shape[-1])
+    _check(2 * cos.shape[-1] <= by_token.shape[-1] and cos.dtype == sin.dtype == torch.float32)
     rows = _rows(by_token.flatten(2)), _rows(by_head), _rows(cos), _rows(sin), *by_head.shape[1:3]
     _in_parts(by_token.flatten(2), lambda first, last: way(first, last, *rows))
     return by_token, by_head
@@ -182,8 +182,16 @@ def keys_and_values(
     batch, tokens, heads, both = kv.shape
     _check(rope.shape[:2] == kv.shape[:2] and width <= both and (own is None) == (share is None))
     _check(own is None or own.shape == (batch, tokens, heads * width))
+    _check(share is None or share.shape == (batch, tokens, 1))
     k, v = kv.new_empty(batch, heads, tokens, both - width + rope.shape[-1]), kv.new_empty(batch, heads, tokens, width)
-    rows = _rows(kv.flatten(2)), _rows(rope), _rows(rope if own is None else own), _shares(share), _rows(k), _rows(v)
+    rows = (
+        _rows(kv.flatten(2)),
+        _rows(rope),
+        _rows(rope if own is None else own),
+        np.zeros(1, np.float32) if share is None else _copied(share),
+        _rows(k),
+        _rows(v),
+    )
     _in_parts(kv.flatten(2), lambda first, last: _keys_and_values(first, last, *rows, tokens, heads, own is not None))
     return k, v
 
@@ -193,11 +201,18 @@ def keys_and_values_backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """The gradients of kv, rope, own and, in FP32, share [B, T, 1], of those of `keys_and_values`."""
     batch, heads, tokens, width = grad_v.shape
+    _check(grad_k.shape[:3] == grad_v.shape[:3] and nope <= grad_k.shape[-1])
+    _check(own is None or (share is not None and own.numel() == grad_v.numel() and share.numel() == batch * tokens))
     grad_kv = grad_v.new_empty(batch, tokens, heads, nope + width)
     grad_rope = grad_k.new_empty(batch, tokens, grad_k.shape[-1] - nope)
     grad_own = None if own is None else torch.empty_like(own)
     grad_share = grad_v.new_empty(batch, tokens, 1, dtype=torch.float32)
-    given = _rows(grad_k), _rows(grad_v), _rows(grad_v if own is None else own), _shares(share)
+    given = (
+        _rows(grad_k),
+        _rows(grad_v),
+        _rows(grad_v if own is None else own),
+        np.zeros(1, np.float32) if share is None else _copied(share),
+    )
     found = (
         _rows(grad_kv.flatten(2)),
         _rows(grad_rope),
@@ -294,10 +309,6 @@ def _rows(x: Tensor) -> NDArray[Any]:
     x = x.detach()
     rows: NDArray[Any] = (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).view(-1, x.shape[-1]).numpy()
     return rows
-
-
-def _shares(x: Tensor | None) -> NDArray[np.float32]:
-    return np.zeros(1, np.float32) if x is None else x.detach().float().contiguous().flatten().numpy()
 
 
 def _copied(x: Tensor) -> NDArray[np.float32]:

@@ -24,38 +24,40 @@ def apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x [B, T, H, W], the last R values of each head turned by cos, sin [B or 1, T, R/2] → [B, H, T, W]."""
+    """x [B, T, H, W], the last R values of each head turned by cos, sin [B or 1, T, R/2] in FP32 → [B, H, T, W]."""
     x = cpu_kernels.packed(x)
-    return _Turned.apply(x, cos, sin) if cpu_kernels.suit(x, cos, sin) else turned_reference(x, cos, sin)
+    if cpu_kernels.suit(x, cos, sin) and cos.dtype == sin.dtype == torch.float32:
+        return _Turned.apply(x, cos, sin)
+    return turned_reference(x, cos, sin)
 
 
 def turned_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     width = 2 * cos.shape[-1]
-    nope, rope = x.transpose(1, 2).split([x.shape[-1] - width, width], dim=-1)
-    return torch.cat((nope, apply_rope(rope, cos[:, None], sin[:, None])), dim=-1)
+    nope, rope = x.split([x.shape[-1] - width, width], dim=-1)
+    rope = apply_rope(rope, cos[:, :, None], sin[:, :, None])
+    return torch.cat((nope.transpose(1, 2), rope.transpose(1, 2)), dim=-1)
 
 
 def keys_and_values(
-    kv: Tensor, rope: Tensor, width: int, own: Tensor | None = None, share: Tensor | None = None
+    kv: Tensor, rope: Tensor, width: int, own: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     """kv [B, T, H, N + V] and one turned key for all heads [B, T, R] → k [B, H, T, N + R] and v [B, H, T, V].
 
-    `width` is V. To the values are added the token's `own` [B, T, H · V] times `share` [B, T, 1] or [1].
+    `width` is V. To the values are added `own` ones of the tokens [B, T, H · V] times a share [B, T, 1] or [1].
     """
-    if own is not None and share is not None:
-        share = share.expand(*kv.shape[:2], 1)
-    given = [x for x in (kv, rope, own) if x is not None]
+    values, share = (None, None) if own is None else (own[0], own[1].expand(*kv.shape[:2], 1))
+    given = [x for x in (kv, rope, values) if x is not None]
     if cpu_kernels.suit(*given) and all(x.dtype == kv.dtype for x in given):
-        return _KeysAndValues.apply(kv, rope, width, own, share)
-    return keys_and_values_reference(kv, rope, width, own, share)
+        return _KeysAndValues.apply(kv, rope, width, values, share)
+    return keys_and_values_reference(kv, rope, width, own)
 
 
 def keys_and_values_reference(
-    kv: Tensor, rope: Tensor, width: int, own: Tensor | None = None, share: Tensor | None = None
+    kv: Tensor, rope: Tensor, width: int, own: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor]:
     nope, v = kv.split([kv.shape[-1] - width, width], dim=-1)
-    if own is not None and share is not None:
-        v = torch.addcmul(v, own.unflatten(-1, (-1, width)), share[..., None].to(v.dtype))
+    if own is not None:
+        v = torch.addcmul(v, own[0].unflatten(-1, (-1, width)), own[1][..., None].to(v.dtype))
     k = torch.cat((nope.transpose(1, 2), rope[:, None].expand(-1, kv.shape[2], -1, -1)), dim=-1)
     return k, v.transpose(1, 2)
 

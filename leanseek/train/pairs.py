@@ -21,15 +21,21 @@ from leanseek.train.counts import Counts
 MORE, TURNS = 20, 2
 
 
+def check_table(config: Config) -> None:
+    """Raises BadInput where there are too many ids for a table of their pairs, and one is asked for."""
+    if config.counts is not None and config.counts.begin and config.model.vocab_size > LARGEST_TABLE:
+        raise BadInput(
+            f"counts.begin: pairs of {config.model.vocab_size:,} ids are no table: take at most {LARGEST_TABLE:,} ids"
+        )
+
+
 def beginning(config: Config, counts: Counts | None) -> dict[str, Tensor]:
-    """The first weights of embedding and head, by name, where a configuration asks for them. Raises BadInput."""
+    """By name, the first weights of embedding and head, each [V, D] by id in FP32; none unless `counts.begin` asks."""
     if counts is None or config.counts is None or not config.counts.begin:
         return {}
-    table = torch.from_numpy(counts.ngrams.base)
-    if table.shape[0] != table.shape[1]:
-        raise BadInput(f"counts.begin: pairs of {table.shape[1]:,} ids are no table: take at most {LARGEST_TABLE:,}")
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(config.train.seed)
+        table = torch.from_numpy(counts.ngrams.base)
         embedding, head = factors(table, counts.times, config.model.hidden_size)
     number = counts.vocabulary.number.cpu()
     std = config.train.init_std if config.train.embedding_std is None else config.train.embedding_std

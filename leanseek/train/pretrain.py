@@ -24,7 +24,7 @@ from leanseek.parallel.mesh import ALONE, Ranks, divide, joined, lead, ranks_of,
 from leanseek.parallel.pipeline import Pipeline
 from leanseek.train.counts import counts_of
 from leanseek.train.loop import cpu_seconds
-from leanseek.train.pairs import beginning
+from leanseek.train.pairs import beginning, check_table
 from leanseek.train.schedule import Knobs, flops_of_kind, kind_of_token
 from leanseek.train.setup import DTYPES, build, take_up, train_and_bill
 from leanseek.train.step import train_step
@@ -44,6 +44,7 @@ def pretrain(config: Config, data_folder: Path, run: Path) -> dict[str, Any]:
                 "adapters stand beside weights that are trained already: leave lora.* out, or take leanseek sft"
             )
         check_teacher(config, tokenizer, size_of(everyone))
+        check_table(config)
         world = divide(config, size_of(everyone)).world
         lead(lambda: held.enter_context(checkpoint.lock(run)), everyone)
         given = config, data.fingerprint, data.tokenizer_folder, data_folder
@@ -85,7 +86,8 @@ def train_on(
     held = begin or lead(lambda: checkpoint.newest(run, lambda _: None), ranks.group("world"))
     wall, cpu = time.monotonic(), cpu_seconds()
     counts = counts_of(config, data, tokenizer, ranks.device, DTYPES[config.train.dtype])
-    known = beginning(config, counts) if held is None else {}
+    # Of several ranks one works it out: the last bits of singular vectors are another machine's to turn.
+    known = lead(lambda: beginning(config, counts), ranks.group("world")) if held is None else {}
     spent = time.monotonic() - wall, cpu_seconds() - cpu  # counting is a part of the bill
     model, optimizers, loader, pipeline = assemble(config, data, tokenizer, ranks, held is None, known)
     if begin is not None:  # weights and routing bias: the optimizers begin anew
