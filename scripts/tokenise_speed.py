@@ -2,7 +2,7 @@
 
     python -m scripts.tokenise_speed FILE.jsonl.zst [--megabytes 20] [--rounds 5]
 
-In turn, on all cores: the phase "tokenise" of `prepare`, and `encode_batch` over the same texts lying in memory.
+In turn: the phase "tokenise" of `prepare` on one core, and `encode_batch` over the same texts in memory on all cores.
 """
 
 import argparse
